@@ -1,0 +1,98 @@
+# Two commands from nothing: `make demo` and `make test`. Both first build the environment in
+# .venv (about 10 minutes, most of it compiling mmcv), and reuse it from then on.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+
+# A step of the build is done when its file exists. The folder is named after the pins and this
+# folder: new pins run every step again, and so does a copied .venv, whose kw_mm would still be
+# the one of the other folder. Steps that are satisfied take seconds.
+STEPS := $(VENV)/steps/$(shell { pwd; cat requirements.txt; } | cksum | tr ' ' '-')
+
+# The exact pins need it (numpy 2.4); kw_mm itself runs on 3.9. Tested: 3.11.
+OLDEST_PYTHON := 3, 11
+
+# These make python or pip look, or install, outside .venv.
+unexport PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test env check lint clean distclean
+
+help:  ## say what can be made
+	@echo 'Type one of these; what needs the environment makes it first.'
+	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
+	@echo 'Variables: PYTHON=python3.11 (3.11 or newer), MAX_JOBS=2 (files compiled at a time),'
+	@echo '  PYTEST_ARGS="-m \"not slow\"", DEMO_ARGS="--help"'
+
+demo: env  ## train a small detector with KernelWarehouse
+	@$(PY) tools/demo.py $(DEMO_ARGS)
+
+test: env  ## ruff, then all tests with coverage
+	@$(PY) -m ruff check .
+	@$(PY) -m pytest --cov=kw_mm --cov-report=term $(PYTEST_ARGS)
+
+env: $(STEPS)/checked  ## make .venv, or finish it
+
+check: env  ## check .venv again
+	@$(PY) tools/install/check_env.py --pins requirements.txt
+
+lint: env  ## ruff
+	@$(PY) -m ruff check .
+
+clean:  ## remove what builds and tests left (not .venv, data, work_dirs)
+	rm -rf build dist *.egg-info .coverage .pytest_cache .ruff_cache .hypothesis
+	find kw_mm tests tools configs -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean  ## clean, and remove .venv
+	rm -rf $(VENV) kw_mm/.mim
+
+# A .venv that is there is kept if its python and pip work.
+$(STEPS)/venv:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo 'error: there is no command $(PYTHON); type: make PYTHON=python3.11' >&2; exit 1; }
+	@$(PY) -m pip --version >/dev/null 2>&1 || { \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < ($(OLDEST_PYTHON)))' || { \
+	    echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1), the pinned packages need Python 3.11" \
+	         'or newer (3.11 is tested); type: make PYTHON=python3.11' >&2; exit 1; }; \
+	  $(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	    echo 'error: $(PYTHON) cannot make virtual environments, its modules venv and ensurepip' \
+	         'are missing; on Debian and Ubuntu type: apt-get install python3-venv' >&2; exit 1; }; \
+	  $(PYTHON) -m venv --clear $(VENV); }
+	@$(PY) -c 'import sys; sys.exit(sys.version_info < ($(OLDEST_PYTHON)))' || { \
+	  echo "error: $(VENV) has $$($(PY) -V), the pinned packages need Python 3.11 or newer;" \
+	       'type: make distclean, then make PYTHON=python3.11 env' >&2; exit 1; }
+	@mkdir -p $(@D) && touch $@
+
+# mmcv is compiled against torch with these, so they come before it.
+$(STEPS)/torch: $(STEPS)/venv
+	@echo '== 1/5 torch and what mmcv is built with'
+	@$(PIP) install --upgrade -c requirements.txt pip
+	@$(PIP) install -c requirements.txt torch numpy setuptools wheel ninja psutil
+	@touch $@
+
+$(STEPS)/mmcv: $(STEPS)/torch
+	@echo '== 2/5 mmcv'
+	@$(PY) tools/install/build_mmcv.py -c requirements.txt
+	@touch $@
+
+$(STEPS)/packages: $(STEPS)/mmcv
+	@echo '== 3/5 everything else'
+	@$(PIP) install -r requirements.txt
+	@touch $@
+
+$(STEPS)/kw_mm: $(STEPS)/packages setup.py pyproject.toml kw_mm/versions.py
+	@echo '== 4/5 kw_mm, editable'
+	@$(PIP) install --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(STEPS)/checked: $(STEPS)/kw_mm
+	@echo '== 5/5 check'
+	@$(PY) tools/install/check_env.py --pins requirements.txt
+	@touch $@

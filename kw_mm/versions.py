@@ -1,0 +1,75 @@
+"""Which versions of which packages kw_mm supports: stated here and nowhere else.
+
+``setup.py`` runs this file before anything is installed, so its top level needs the standard
+library only.
+"""
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+__version__ = '0.1.0'
+
+REQUIRES_PYTHON = '>=3.9'
+
+# By the name pip knows. What mmdet 3.3 and mmsegmentation 1.2 assert about mmcv is the same.
+SUPPORTED = {
+    'torch': '>=2.1',
+    'mmengine': '>=0.10.0,<0.11',
+    'mmcv': '>=2.0.0rc4,<2.2.0',
+    'mmdet': '>=3.0,<3.4',
+    'mmsegmentation': '>=1.0,<1.3',
+}
+
+# mmengine resolves `mmdet::...` configs with pkg_resources, which setuptools 82 removed. Not in
+# SUPPORTED because the core of kw_mm, without mmengine, does not mind.
+SETUPTOOLS = '<82'
+
+
+def installed_version(package: str) -> str | None:
+    """Returns the installed version of a package, or None if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def is_supported(package: str, found: str) -> bool:
+    """Tells whether a version lies in the supported range of a package.
+
+    Pre-releases and local versions (``2.13.0+cpu``) count by their number. A version that is no
+    PEP 440 version comes from someone's own build and is let through.
+    """
+    # Not at the top: a build environment has no packaging.
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        return SpecifierSet(SUPPORTED[package]).contains(Version(found), prereleases=True)
+    except InvalidVersion:
+        return True
+
+
+def install_command(package: str, pip: str = 'pip') -> str:
+    """Returns what to type to get a supported version of a package."""
+    # A build in isolation sees no torch and silently leaves mmcv without its operators.
+    option = '--no-build-isolation ' if package == 'mmcv' else ''
+    return f'{pip} install {option}"{package}{SUPPORTED[package]}"'
+
+
+def check_versions() -> None:
+    """Checks the installed packages against the supported ranges.
+
+    Absent packages are fine: the core needs torch alone.
+
+    Raises:
+        ImportError: If an installed package is outside its range; every such package is named.
+    """
+    found = {package: installed_version(package) for package in SUPPORTED}
+    lines = [
+        f'{package} {number} is installed, kw_mm {__version__} supports '
+        f'{package}{SUPPORTED[package]}; type: {install_command(package)}'
+        for package, number in found.items()
+        if number is not None and not is_supported(package, number)
+    ]
+    if lines:
+        raise ImportError('\n'.join(lines))

@@ -1,0 +1,97 @@
+"""Packaging. Version and supported ranges are read from ``kw_mm/versions.py``."""
+from __future__ import annotations
+
+import os
+import runpy
+import shutil
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+
+# Run, not imported: importing kw_mm would need torch.
+VERSIONS = runpy.run_path(str(ROOT / 'kw_mm' / 'versions.py'))
+
+# What MIM, and mmengine for `kw_mm::...` configs, look for in `kw_mm/.mim`.
+MIM_FILES = ('configs', 'tools', 'model-index.yml')
+
+
+def link_mim_files() -> None:
+    """Makes ``kw_mm/.mim`` point at the files MIM looks for, or copies them if it cannot.
+
+    Always made anew, so that a copy is never stale.
+    """
+    mim = ROOT / 'kw_mm' / '.mim'
+    if mim.is_dir():
+        shutil.rmtree(mim)
+    mim.mkdir()
+    for name in MIM_FILES:
+        source = ROOT / name
+        try:
+            os.symlink(os.path.join('..', '..', name), mim / name, source.is_dir())
+        # Some file systems, and Windows without the privilege, have no symbolic links.
+        except (OSError, NotImplementedError):
+            if source.is_dir():
+                shutil.copytree(source, mim / name)
+            elif source.exists():
+                shutil.copy2(source, mim / name)
+
+
+class BuildPy(build_py):
+    """Adds ``.mim``: links for an editable install, and through them files in a wheel."""
+
+    def run(self) -> None:
+        link_mim_files()
+        super().run()
+
+
+def readme() -> str:
+    path = ROOT / 'README.md'
+    return path.read_text(encoding='utf-8') if path.exists() else ''
+
+
+def ranged(*packages: str) -> list[str]:
+    return [package + VERSIONS['SUPPORTED'][package] for package in packages]
+
+
+DET = [
+    *ranged('mmengine', 'mmcv', 'mmdet'),
+    'setuptools' + VERSIONS['SETUPTOOLS'],
+]
+SEG = [
+    *ranged('mmengine', 'mmcv', 'mmsegmentation'),
+    'setuptools' + VERSIONS['SETUPTOOLS'],
+    # Imported by mmsegmentation 1.2, which does not declare them.
+    'ftfy',
+    'regex',
+]
+TEST = ['pytest>=7', 'pytest-cov', 'hypothesis', 'ruff']
+
+setup(
+    name='kw_mm',
+    version=VERSIONS['__version__'],
+    description='KernelWarehouse dynamic convolution for MMDetection and MMSegmentation',
+    long_description=readme(),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    license_files=['LICENSE'],
+    packages=find_packages(include=['kw_mm', 'kw_mm.*']),
+    package_data={
+        'kw_mm': [
+            '.mim/model-index.yml',
+            *(f'.mim/{folder}/**/*.{ending}'
+              for folder in ('configs', 'tools') for ending in ('py', 'sh', 'yml', 'md')),
+        ],
+    },
+    cmdclass={'build_py': BuildPy},
+    python_requires=VERSIONS['REQUIRES_PYTHON'],
+    install_requires=[*ranged('torch'), 'numpy', 'packaging'],
+    extras_require={
+        'det': DET,
+        'seg': SEG,
+        'test': TEST,
+        'all': sorted({*DET, *SEG, *TEST}),
+    },
+)

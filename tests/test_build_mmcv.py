@@ -1,0 +1,134 @@
+"""How the build of mmcv tells its progress, its failures and a wheel that does not fit."""
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+INSTALL = Path(__file__).resolve().parents[1] / 'tools' / 'install'
+
+
+@pytest.fixture
+def build_mmcv(monkeypatch: pytest.MonkeyPatch):
+    # As when it is run: its folder comes first.
+    monkeypatch.syspath_prepend(INSTALL)
+    spec = importlib.util.spec_from_file_location('build_mmcv', INSTALL / 'build_mmcv.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_progress_counts_files_and_estimates(build_mmcv) -> None:
+    progress = build_mmcv.Progress(jobs=2, core_seconds=800, now=100)
+    assert progress.line(110) == 'mmcv: pip is getting ready, 10 s'
+    progress.read('  running build_ext\n', now=120)
+    # Nothing is done yet: 800 s of one core are 400 s of two.
+    assert progress.line(130) == 'mmcv: 0 of ? files compiled, 30 s, about 6 min 30 s to go'
+    progress.read('  [20/80] c++ -MMD -c nms.cpp\n', now=220)
+    # 20 files in 100 s leave 300 s for the other 60.
+    assert progress.line(220) == 'mmcv: 20 of 80 files compiled, 2 min 00 s, about 5 min 00 s to go'
+
+
+def test_progress_without_a_sign_of_the_end(build_mmcv) -> None:
+    progress = build_mmcv.Progress(jobs=2, core_seconds=10, now=0)
+    progress.read('running build_ext', now=0)
+    assert progress.line(60).endswith('longer than usual')
+
+
+@pytest.mark.parametrize('seconds, text', [
+    (-3, '0 s'), (59.4, '59 s'), (60, '1 min 00 s'), (421, '7 min 01 s')])
+def test_minutes(build_mmcv, seconds: float, text: str) -> None:
+    assert build_mmcv.minutes(seconds) == text
+
+
+@pytest.mark.parametrize('log, word', [
+    ('pybind11.h:1: fatal error: Python.h: No such file or directory', 'python3-dev'),
+    ('c++: fatal error: Killed signal terminated program cc1plus', 'MAX_JOBS=1'),
+    ('OSError: CUDA_HOME environment variable is not set.', 'CUDA toolkit'),
+    ("ModuleNotFoundError: No module named 'pkg_resources'", 'setuptools<82'),
+    ('/bin/sh: 1: g++: not found', 'apt-get install g++'),
+    ('ERROR: No matching distribution found for mmcv==2.1.0', 'network'),
+])
+def test_hint(build_mmcv, log: str, word: str) -> None:
+    assert word in build_mmcv.hint(f'some line\n{log}\nanother')
+
+
+def test_no_hint_for_an_unknown_failure(build_mmcv) -> None:
+    assert build_mmcv.hint('error: expected ; before }') is None
+
+
+def test_output_goes_to_the_log(build_mmcv, tmp_path: Path) -> None:
+    progress = build_mmcv.Progress(jobs=1, core_seconds=1, now=0)
+    log = tmp_path / 'build.log'
+    code = 'print("[3/9] c++"); raise SystemExit(5)'
+    assert build_mmcv.run_with_progress([sys.executable, '-c', code], {}, log, progress) == 5
+    assert log.read_text() == '[3/9] c++\n'
+    assert (progress.done, progress.total) == (3, 9)
+
+
+class Pip:
+    """Stands in for pip and the operators: they work once mmcv has been compiled here."""
+
+    def __init__(self, build_mmcv, monkeypatch: pytest.MonkeyPatch, prefix: Path,
+                 versions: dict[str, str], works: bool, cached: bool) -> None:
+        self.works = works
+        self.cached = cached
+        self.calls: list[bool] = []
+        self.versions = versions
+        monkeypatch.setattr(sys, 'prefix', str(prefix))
+        monkeypatch.setattr(build_mmcv, 'version', self.version)
+        monkeypatch.setattr(build_mmcv, 'install', self.install)
+        monkeypatch.setattr(build_mmcv, 'run_python',
+                            lambda code: None if self.works else 'undefined symbol')
+        self.main = build_mmcv.main
+        self.absent = build_mmcv.PackageNotFoundError
+
+    def version(self, package: str) -> str:
+        if package not in self.versions:
+            raise self.absent(package)
+        return self.versions[package]
+
+    def install(self, requirement: str, constraint: Path | None, log: Path, again: bool) -> bool:
+        self.calls.append(again)
+        compiled = again or not self.cached
+        self.works = self.works or compiled
+        return compiled
+
+
+def test_fresh_environment_compiles_once(build_mmcv, monkeypatch, tmp_path) -> None:
+    pip = Pip(build_mmcv, monkeypatch, tmp_path, {'torch': '2.13.0'}, works=False, cached=False)
+    assert pip.main([]) == 0
+    assert pip.calls == [False]
+    assert (tmp_path / 'mmcv-built-for.txt').read_text() == '2.13.0'
+
+
+def test_cached_wheel_for_another_torch_is_compiled_again(build_mmcv, monkeypatch,
+                                                          tmp_path) -> None:
+    # pip's cache takes no notice of torch.
+    pip = Pip(build_mmcv, monkeypatch, tmp_path, {'torch': '2.13.0'}, works=False, cached=True)
+    assert pip.main([]) == 0
+    assert pip.calls == [False, True]
+
+
+def test_installed_and_working_is_left_alone(build_mmcv, monkeypatch, tmp_path) -> None:
+    versions = {'torch': '2.13.0', 'mmcv': '2.1.0'}
+    pip = Pip(build_mmcv, monkeypatch, tmp_path, versions, works=True, cached=True)
+    assert pip.main([]) == 0
+    assert pip.calls == []
+
+
+def test_new_torch_means_compiling_again(build_mmcv, monkeypatch, tmp_path) -> None:
+    # It may still load by luck, so its working is no proof.
+    (tmp_path / 'mmcv-built-for.txt').write_text('2.12.0')
+    versions = {'torch': '2.13.0', 'mmcv': '2.1.0'}
+    pip = Pip(build_mmcv, monkeypatch, tmp_path, versions, works=True, cached=True)
+    assert pip.main([]) == 0
+    assert pip.calls == [True]
+
+
+def test_torch_must_be_there(build_mmcv, monkeypatch, tmp_path) -> None:
+    pip = Pip(build_mmcv, monkeypatch, tmp_path, {}, works=False, cached=False)
+    with pytest.raises(SystemExit, match='torch is not installed'):
+        pip.main([])

@@ -1,0 +1,265 @@
+"""Installs mmcv with its compiled operators, telling how far the compiler is.
+
+    python tools/install/build_mmcv.py --constraint requirements.txt
+
+mmcv has no wheels for current versions of torch, so pip compiles its C++ files against the torch
+that is installed; torch, setuptools, wheel, ninja and psutil must be there before. pip caches
+the wheel, so a second environment gets it in seconds.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import queue
+import re
+import subprocess
+import sys
+import threading
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+# Beside this file, which is where Python looks for modules of a script.
+from check_env import NMS_ON_CPU, read_pins, run_python
+
+# Compiling the CPU operators took 6.5 minutes on two cores; with CUDA, 31.
+CORE_SECONDS_CPU = 2 * 7 * 60
+CORE_SECONDS_CUDA = 2 * 31 * 60
+
+SECONDS_BETWEEN_LINES = 20
+
+# From the log of a failed build to what would mend it, most telling first.
+HINTS = (
+    (r'Python\.h: No such file', 'install the headers of Python (Debian, Ubuntu: apt-get install '
+                                 'python3-dev)'),
+    (r'fatal error: Killed signal|[Cc]annot allocate memory|virtual memory exhausted',
+     'memory ran out: compile fewer files at a time, MAX_JOBS=1 make env'),
+    (r'CUDA_HOME|nvcc.*not found', 'install the CUDA toolkit that torch.version.cuda tells, or '
+                                   'build for the CPU only: CUDA_VISIBLE_DEVICES= make env'),
+    (r'cusparse\.h: No such file', 'the headers of the CUDA libraries are missing: install them, '
+                                   'or point CPATH at the include folder of the nvidia packages '
+                                   'that torch installed'),
+    (r"No module named 'pkg_resources'", 'install "setuptools<82" first'),
+    (r'(c\+\+|g\+\+|gcc): (command )?not found|No such file or directory: \'(c\+\+|g\+\+|gcc)\'|'
+     r'command \S*(c\+\+|g\+\+|gcc)\S* failed: No such file',
+     'install a C++ compiler (Debian, Ubuntu: apt-get install g++)'),
+    (r'No matching distribution found|Could not find a version', 'pip finds no mmcv of this '
+                                                                 'version: check its settings and '
+                                                                 'the network'),
+)
+
+
+def hint(log: str) -> str | None:
+    """Returns what would mend a failed build, if its log tells."""
+    return next((advice for pattern, advice in HINTS if re.search(pattern, log)), None)
+
+
+def minutes(seconds: float) -> str:
+    """Returns a duration as text, e.g. ``'6 min 05 s'``."""
+    whole = max(0, round(seconds))
+    return f'{whole // 60} min {whole % 60:02d} s' if whole >= 60 else f'{whole} s'
+
+
+class Progress:
+    """Follows the lines of a build and says how far it is.
+
+    Args:
+        jobs: Files compiled at the same time, for the estimate before the first ones are done.
+        core_seconds: How long one core would compile, a guess.
+        now: The time at which the build started, in seconds.
+    """
+
+    def __init__(self, jobs: int, core_seconds: float, now: float) -> None:
+        self.jobs = jobs
+        self.guess = core_seconds / jobs
+        self.started = now
+        self.compiling_since: float | None = None
+        self.done = self.total = 0
+
+    def read(self, line: str, now: float) -> None:
+        """Takes one line of pip's output; ninja's begin with e.g. ``[12/78]``."""
+        match = re.match(r'\s*\[(\d+)/(\d+)\]', line)
+        if match:
+            self.done, self.total = int(match[1]), int(match[2])
+        # ninja speaks only when a file is done; setuptools announces the compilation.
+        if self.compiling_since is None and (match or 'running build_ext' in line):
+            self.compiling_since = now
+
+    def line(self, now: float) -> str:
+        """Returns e.g. ``'mmcv: 12 of 78 files compiled, 1 min 10 s, about 6 min 25 s to go'``."""
+        elapsed = now - self.started
+        if self.compiling_since is None:
+            return f'mmcv: pip is getting ready, {minutes(elapsed)}'
+        spent = now - self.compiling_since
+        # One round of files tells nothing yet about the speed.
+        if self.done > self.jobs:
+            left = spent * (self.total - self.done) / self.done
+        else:
+            left = self.guess - spent
+        files = f'{self.done} of {self.total or "?"} files compiled'
+        to_go = f'about {minutes(left)} to go' if left > 0 else 'longer than usual'
+        return f'mmcv: {files}, {minutes(elapsed)}, {to_go}'
+
+
+def run_with_progress(command: list[str], env: dict[str, str], log: Path,
+                      progress: Progress) -> int:
+    """Runs a command, its output to a log, its progress to the terminal. Returns its status."""
+    lines: queue.Queue[str | None] = queue.Queue()
+    shown = progress.started
+    on_terminal = sys.stdout.isatty()
+    with log.open('w', encoding='utf-8', errors='replace') as file, subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            errors='replace') as process:
+
+        def read() -> None:
+            for line in process.stdout:
+                lines.put(line)
+            lines.put(None)
+
+        # In a thread, because a file takes half a minute and the time should go on meanwhile.
+        threading.Thread(target=read, daemon=True).start()
+        try:
+            while True:
+                now = time.monotonic()
+                if on_terminal and now - shown >= 1:
+                    print(f'\r{progress.line(now):<78}', end='', flush=True)
+                    shown = now
+                elif not on_terminal and now - shown >= SECONDS_BETWEEN_LINES:
+                    print(progress.line(now), flush=True)
+                    shown = now
+                try:
+                    line = lines.get(timeout=1)
+                except queue.Empty:
+                    continue
+                if line is None:
+                    break
+                file.write(line)
+                file.flush()
+                progress.read(line, time.monotonic())
+        # Whatever ends us must not leave a compiler behind.
+        except BaseException:
+            process.terminate()
+            raise
+    if on_terminal and shown != progress.started:
+        print()
+    return process.returncode
+
+
+def gpu_support() -> tuple[bool, bool]:
+    """Tells whether torch sees a GPU, and whether there is a CUDA compiler for it."""
+    done = subprocess.run(
+        [sys.executable, '-c', 'import torch\nfrom torch.utils.cpp_extension import CUDA_HOME\n'
+                               'print(torch.cuda.is_available(), CUDA_HOME is not None)'],
+        capture_output=True, text=True)
+    answer = done.stdout.split()[-2:]
+    return answer[:1] == ['True'], answer[1:] == ['True']
+
+
+def build_environment() -> tuple[dict[str, str], float]:
+    """Returns environment variables for the build and how long one core would compile."""
+    env = dict(os.environ, MMCV_WITH_OPS='1', PYTHONUNBUFFERED='1')
+    if not env.get('MAX_JOBS'):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+        env['MAX_JOBS'] = str(cores or 1)
+    gpu, compiler = gpu_support()
+    with_cuda = env.get('FORCE_CUDA') == '1' or (gpu and compiler)
+    if gpu and not with_cuda:
+        print('warning: torch sees a GPU, but there is no CUDA compiler (nvcc): mmcv is built for '
+              'the CPU only.\n  For its operators on the GPU, install the CUDA toolkit of the '
+              'version torch.version.cuda tells,\n  then type: '
+              f'{sys.executable} {__file__} --again', flush=True)
+        # mmcv compiles CUDA files whenever torch sees a GPU.
+        env['CUDA_VISIBLE_DEVICES'] = ''
+    return env, CORE_SECONDS_CUDA if with_cuda else CORE_SECONDS_CPU
+
+
+def install(requirement: str, constraint: Path | None, log: Path, again: bool) -> bool:
+    """Runs pip.
+
+    Args:
+        requirement: What to install, e.g. ``'mmcv==2.1.0'``.
+        constraint: Constraints file for pip.
+        log: Where all that pip and the compiler write goes.
+        again: Compile even if mmcv is installed or a wheel is cached.
+
+    Returns:
+        Whether something was compiled (else pip had a wheel, or nothing to do).
+
+    Raises:
+        SystemExit: If pip fails; the end of the log has been printed.
+    """
+    env, core_seconds = build_environment()
+    command = [sys.executable, '-m', 'pip', 'install', '-v', '--disable-pip-version-check',
+               '--no-build-isolation', requirement]
+    if constraint is not None:
+        command += ['-c', str(constraint)]
+    if again:
+        command += ['--no-cache-dir', '--no-binary', 'mmcv', '--force-reinstall', '--no-deps']
+    jobs = max(1, int(env['MAX_JOBS']))
+    print(f'Installing {requirement}. Unless pip has a wheel of it in its cache, this compiles '
+          f'C++ for\nabout {minutes(core_seconds / 2)} on two cores; here {jobs} '
+          f'{"file" if jobs == 1 else "files"} at a time (MAX_JOBS). Log: {log}', flush=True)
+    progress = Progress(jobs, core_seconds, time.monotonic())
+    status = run_with_progress(command, env, log, progress)
+    spent = minutes(time.monotonic() - progress.started)
+    if status != 0:
+        text = log.read_text(encoding='utf-8', errors='replace')
+        advice = hint(text)
+        print('\n'.join(text.splitlines()[-40:]), file=sys.stderr)
+        sys.exit(f'error: installing {requirement} failed after {spent}; the end of its log is '
+                 f'above, all of it in {log}\n'
+                 + (f'  what to do: {advice}' if advice else '  what to do: read the log'))
+    print(f'{requirement} compiled and installed in {spent}.' if progress.total else
+          f'{requirement} installed in {spent} from a wheel, nothing to compile.', flush=True)
+    return progress.total > 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description='Install mmcv with its compiled operators.')
+    parser.add_argument('-c', '--constraint', type=Path, metavar='FILE',
+                        help='requirements file with the versions to install')
+    parser.add_argument('--again', action='store_true', help='compile even if mmcv is there')
+    args = parser.parse_args(argv)
+
+    pin = read_pins(args.constraint).get('mmcv') if args.constraint else None
+    requirement = f'mmcv=={pin}' if pin else 'mmcv'
+    prefix = Path(sys.prefix)
+    log = prefix / 'mmcv-build.log'
+    # Which torch the operators were compiled for: neither the wheel nor pip knows it.
+    mark = prefix / 'mmcv-built-for.txt'
+    try:
+        torch = version('torch')
+    except PackageNotFoundError:
+        sys.exit('error: torch is not installed, and mmcv is compiled against it\n'
+                 f'  what to do: {sys.executable} -m pip install torch')
+
+    again = args.again or (mark.exists() and mark.read_text(encoding='utf-8') != torch)
+    try:
+        there = version('mmcv')
+    except PackageNotFoundError:
+        there = None
+    if there is not None and not again and (pin is None or there == pin):
+        if run_python(NMS_ON_CPU) is None:
+            print(f'mmcv {there} is installed and its operators work.')
+            mark.write_text(torch, encoding='utf-8')
+            return 0
+        again = True
+
+    compiled = install(requirement, args.constraint, log, again)
+    failure = run_python(NMS_ON_CPU)
+    if failure is not None and not compiled:
+        print(f'The wheel does not fit torch {torch} ({failure}): compiling one that does.')
+        install(requirement, args.constraint, log, again=True)
+        failure = run_python(NMS_ON_CPU)
+    if failure is not None:
+        sys.exit(f'error: mmcv is installed, but its operators do not work: {failure}\n'
+                 f'  what to do: read {log}')
+    mark.write_text(torch, encoding='utf-8')
+    return 0
+
+
+if __name__ == '__main__':
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit('\nmmcv: interrupted; the same command starts compiling anew')
