@@ -1,0 +1,36 @@
+"""KernelWarehouse dynamic convolution for MMDetection 3.x and MMSegmentation 1.x.
+
+Importing the package registers its classes with OpenMMLab, which a config asks for with
+``custom_imports = dict(imports=['kw_mm'], allow_failed_imports=False)``. Without mmengine and
+mmcv the core (config, plan, layers) works all the same.
+"""
+from importlib.util import find_spec
+
+from .versions import __version__, check_versions
+
+check_versions()
+
+from .config import WarehouseConfig  # noqa: E402
+from .layers import KWConv1d, KWConv2d, KWConv3d, KWLinear, set_temperature  # noqa: E402
+from .plan import ConvSpec, WarehousePlan, plan_warehouses  # noqa: E402
+
+__all__ = ['ConvSpec', 'KWConv1d', 'KWConv2d', 'KWConv3d', 'KWLinear', 'WarehouseConfig',
+           'WarehousePlan', '__version__', 'plan_warehouses', 'set_temperature']
+
+_OPENMMLAB_NAMES = ['KWResNet', 'KWTemperatureHook', 'RandomStateHook']
+
+if find_spec('mmengine') and find_spec('mmcv'):
+    from . import compat
+    from .engine.hooks import KWTemperatureHook, RandomStateHook  # noqa: F401
+    from .models import KWResNet  # noqa: F401
+    from .registration import register_all
+
+    compat.apply()
+    register_all()
+    __all__ += _OPENMMLAB_NAMES
+else:
+    def __getattr__(name: str):
+        if name in _OPENMMLAB_NAMES:
+            raise ImportError(f'kw_mm.{name} needs mmengine and mmcv, which are not installed; '
+                              "pip install 'kw_mm[det]' or 'kw_mm[seg]', see the README")
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

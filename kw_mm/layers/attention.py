@@ -1,0 +1,124 @@
+"""The attention of a layer: an image in, mixing weights out."""
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import basis_logits, mixing_weights
+from ..plan import LayerPlan
+
+
+class AttentionBatchNorm(nn.BatchNorm1d):
+    """BatchNorm1d that trains with fewer than two samples.
+
+    One sample per channel has no variance. Such a batch, and an empty one, is normalised with
+    the running statistics, which it leaves alone.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises ``(N, hidden)``."""
+        if self.training and len(x) < 2:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
+                                training=False, eps=self.eps)
+        return super().forward(x)
+
+
+class Attention(nn.Module):
+    """Contrasting-driven attention of one layer (method, section 3).
+
+    Averages the input over positions, ``fc1 -> norm1 -> ReLU -> fc2``, and normalises; with a
+    non-local basis ``fc3`` and ``basis_bias`` complete the logits.
+
+    The assignment ``beta (m, n)`` and the temperature ``tau`` move with the module and stay out
+    of its state dict. tau is a float64 scalar, 0 at first, which no change of dtype rounds.
+
+    Args:
+        plan: All sizes.
+        device: Of the parameters, as in torch.
+        dtype: Of the parameters, as in torch.
+    """
+
+    beta: Tensor
+    tau: Tensor
+
+    def __init__(self, plan: LayerPlan, device=None, dtype=None) -> None:
+        super().__init__()
+        factory = dict(device=device, dtype=dtype)
+        m, n, own = plan.num_mixtures, plan.num_cells, plan.assignment
+        self.num_mixtures = m
+        self.first_cell = own.first_cell
+        batch_norm = plan.attn_norm == 'BN1d'
+        norm = AttentionBatchNorm if batch_norm else nn.LayerNorm
+        self.fc1 = nn.Linear(plan.spec.in_channels, plan.hidden, bias=not batch_norm, **factory)
+        self.norm1 = norm(plan.hidden, **factory)
+        if plan.num_basis:
+            width = own.num_cells + plan.num_basis + 1
+            self.fc2 = nn.Linear(plan.hidden, m * width, bias=False, **factory)
+            self.fc3 = nn.Linear(plan.num_basis, n - own.num_cells, bias=False, **factory)
+            self.basis_bias = nn.Parameter(torch.zeros(m * (n + 1), **factory))
+        else:
+            self.fc2 = nn.Linear(plan.hidden, m * (n + 1), **factory)
+            self.fc3 = self.basis_bias = None
+        beta = torch.zeros(m, n, **factory)
+        for mixture, cell in enumerate(own.columns):
+            if cell is not None:
+                beta[mixture, cell] = 1
+        self.register_buffer('beta', beta, persistent=False)
+        self.register_buffer('tau', torch.zeros((), dtype=torch.float64, device=device),
+                             persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws initial values (method, section 5)."""
+        for layer in (self.fc1, self.fc2, self.fc3):
+            if layer is not None:
+                nn.init.kaiming_normal_(layer.weight, mode='fan_out', nonlinearity='relu')
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        self.norm1.reset_parameters()
+        if self.basis_bias is not None:
+            nn.init.zeros_(self.basis_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mixing weights ``(N, m, n)`` of an input ``(N, C, *spatial)``."""
+        pooled = x.mean(tuple(range(2, x.dim())))
+        rows = self.fc2(F.relu(self.norm1(self.fc1(pooled))))
+        rows = rows.unflatten(1, (self.num_mixtures, -1))
+        if self.fc3 is not None:
+            rows = basis_logits(rows, self.fc3.weight, self.basis_bias, self.first_cell)
+        return mixing_weights(rows, self.beta, self.tau)
+
+    def _apply(self, fn, recurse: bool = True):
+        tau = self.tau
+        super()._apply(fn, recurse)
+        if self.tau.dtype != tau.dtype and not tau.is_meta:
+            self.tau = tau.to(self.tau.device)  # a change of dtype is not to round it
+        return self
+
+
+def set_temperature(module: nn.Module, tau: float) -> int:
+    """Sets the temperature of every KW layer inside a module, itself included.
+
+    Args:
+        module: Any module, wrapped for distributed training or not.
+        tau: In [0, 1]: 1 is the initial one-to-one assignment, 0 the learned attention alone.
+
+    Returns:
+        How many layers there are.
+
+    Raises:
+        TypeError: If ``tau`` is no number.
+        ValueError: If it is not in [0, 1].
+    """
+    if isinstance(tau, bool) or not isinstance(tau, Real):
+        raise TypeError(f'tau must be a number in [0, 1], got {tau!r}')
+    if math.isnan(tau) or not 0 <= tau <= 1:
+        raise ValueError(f'tau must be a number in [0, 1], got {tau!r}')
+    attentions = [m for m in module.modules() if isinstance(m, Attention)]
+    for attention in attentions:
+        attention.tau.fill_(tau)
+    return len(attentions)

@@ -1,0 +1,181 @@
+"""KW convolutions: drop-in for ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import WarehouseConfig
+from ..ops import assemble_kernel, dynamic_conv
+from ..plan import ConvSpec, LayerPlan, plan_warehouses
+from .attention import Attention
+from .warehouse import WarehouseManager
+
+PADDING_MODES = ('zeros', 'reflect', 'replicate', 'circular')
+
+
+class _KWConvNd(nn.Module):
+    """What the three KW convolutions share.
+
+    Derived from ``nn.Module`` and not from torch's convolutions: weight initialisers and
+    batch-norm fusion recognise those by type and would take the layer for static.
+
+    Args:
+        in_channels: Input channels.
+        out_channels: Output channels.
+        kernel_size: One integer or one for each spatial dimension, as the next three.
+        stride: Step between outputs.
+        padding: Positions added on both sides, or ``'same'`` or ``'valid'``.
+        dilation: Spacing of the kernel's positions.
+        groups: Convolution groups.
+        bias: Whether to add a static bias, zero at first.
+        padding_mode: ``'zeros'``, ``'reflect'``, ``'replicate'`` or ``'circular'``.
+        device: Of the parameters, as in torch.
+        dtype: Of the parameters, as in torch.
+        kw_cfg: Settings of the layer's private warehouse, which is its child
+            ``warehouse_manager``.
+        manager: Instead, the owner of shared warehouses; the layer does not register it.
+        name: The layer's name in the manager's plan.
+
+    Raises:
+        TypeError: If an argument is of a wrong type.
+        ValueError: If a value is out of range, ``groups`` does not divide the channels, or the
+            layer differs from what the manager's plan has under its name.
+    """
+
+    num_dims: int
+
+    transposed = False  # read by mmcv.cnn.ConvModule, as output_padding is
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | Sequence[int],
+                 stride: int | Sequence[int] = 1, padding: int | Sequence[int] | str = 0,
+                 dilation: int | Sequence[int] = 1, groups: int = 1, bias: bool = True,
+                 padding_mode: str = 'zeros', device=None, dtype=None,
+                 kw_cfg: WarehouseConfig | Mapping[str, Any] | None = None, *,
+                 manager: WarehouseManager | None = None, name: str = '') -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = self._tuple('kernel_size', kernel_size, 1)
+        self.stride = self._tuple('stride', stride, 1)
+        self.dilation = self._tuple('dilation', dilation, 1)
+        self.groups = groups
+        self.padding_mode = padding_mode
+        self.output_padding = (0,) * self.num_dims
+        self.padding = self._check_padding(padding)
+        spec = ConvSpec(name, in_channels, out_channels, self.kernel_size, groups, bool(bias))
+        if manager is None:
+            manager = WarehouseManager(plan_warehouses([spec], kw_cfg), device, dtype)
+            self.warehouse_manager = manager
+        elif kw_cfg is not None:
+            raise ValueError('kw_cfg must be None for a layer of shared warehouses, whose manager '
+                             f'has settings of its own; got {kw_cfg!r}')
+        # Past nn.Module's registration: the manager's owner is its only parent.
+        self.__dict__['_manager'] = manager
+        self.plan = self._find_plan(manager, spec)
+        self.attention = Attention(self.plan, device, dtype)
+        self.bias = nn.Parameter(
+            torch.zeros(out_channels, device=device, dtype=dtype)) if bias else None
+
+    @property
+    def cells(self) -> Tensor:
+        """The warehouse's cells, ``(n, c_out, c_in, *k)``: all of them, not only its own."""
+        return self.__dict__['_manager'].cells(self.plan.warehouse)
+
+    def init_weights(self) -> None:
+        """Draws initial values again; OpenMMLab calls it. Shared cells are left to their owner."""
+        if 'warehouse_manager' in self._modules:
+            self.warehouse_manager.reset_parameters()
+        self.attention.reset_parameters()
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def kernel(self, x: Tensor) -> Tensor:
+        """The kernels for an input ``(N, C_in, *spatial)``: ``(N, C_out, C_in / groups, *k)``."""
+        return assemble_kernel(self.attention(x), self.cells, self.plan.grid, self.kernel_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolves ``(N, C_in, *spatial)``, each sample with its own kernel; N may be 0.
+
+        Raises:
+            ValueError: If ``x`` has no batch dimension or another number of channels.
+        """
+        if x.dim() != self.num_dims + 2 or x.shape[1] != self.in_channels:
+            raise ValueError(f'x must be (N, {self.in_channels}) and {self.num_dims} spatial '
+                             f'dimension(s), got {tuple(x.shape)}')
+        kernel = self.kernel(x)
+        padding = self.padding
+        if self.padding_mode != 'zeros':
+            x = F.pad(x, self._pads, mode=self.padding_mode)
+            padding = (0,) * self.num_dims
+        return dynamic_conv(x, kernel, self.bias, self.stride, padding, self.dilation, self.groups)
+
+    def extra_repr(self) -> str:
+        text = (f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, '
+                f'stride={self.stride}')
+        for field, default in (('padding', (0,) * self.num_dims),
+                               ('dilation', (1,) * self.num_dims), ('groups', 1),
+                               ('padding_mode', 'zeros')):
+            if getattr(self, field) != default:
+                text += f', {field}={getattr(self, field)!r}'
+        return (f'{text}, bias={self.bias is not None}, warehouse={self.plan.warehouse}, '
+                f'm={self.plan.num_mixtures}, n={self.plan.num_cells}, '
+                f'own_cells={self.plan.assignment.label}')
+
+    def _tuple(self, field: str, value: int | Sequence[int], least: int) -> tuple[int, ...]:
+        values = (value,) * self.num_dims if isinstance(value, int) else value
+        if not isinstance(values, Sequence) or len(values) != self.num_dims or not all(
+                isinstance(v, int) and not isinstance(v, bool) and v >= least for v in values):
+            raise ValueError(f'{field} must be an integer >= {least} or {self.num_dims} of them, '
+                             f'got {value!r}')
+        return tuple(values)
+
+    def _check_padding(self, padding: int | Sequence[int] | str) -> tuple[int, ...] | str:
+        if self.padding_mode not in PADDING_MODES:
+            raise ValueError(
+                f'padding_mode must be one of {PADDING_MODES}, got {self.padding_mode!r}')
+        if not isinstance(padding, str):
+            sides = padding = self._tuple('padding', padding, 0)
+            self._pads = tuple(side for p in reversed(sides) for side in (p, p))
+            return padding
+        if padding not in ('same', 'valid'):
+            raise ValueError(f"padding must be integers, 'same' or 'valid', got {padding!r}")
+        if padding == 'same' and self.stride != (1,) * self.num_dims:
+            raise ValueError(f"padding='same' needs stride 1, got stride {self.stride}")
+        totals = [d * (k - 1) * (padding == 'same')
+                  for d, k in zip(self.dilation, self.kernel_size)]
+        self._pads = tuple(s for t in reversed(totals) for s in (t // 2, t - t // 2))
+        return padding
+
+    @staticmethod
+    def _find_plan(manager: WarehouseManager, spec: ConvSpec) -> LayerPlan:
+        layers = manager.plan.layers
+        if spec.name not in layers:
+            raise ValueError(f'name must be a layer of the plan, one of {list(layers)}, '
+                             f'got {spec.name!r}')
+        planned = layers[spec.name].spec
+        if (planned.weight_shape, planned.groups, planned.bias) != (
+                spec.weight_shape, spec.groups, spec.bias):
+            raise ValueError(f'layer {spec.name!r} must be built as planned, {planned}, got {spec}')
+        return layers[spec.name]
+
+
+class KWConv1d(_KWConvNd):
+    """Dynamic convolution over ``(N, C, L)``, with the signature of ``nn.Conv1d``."""
+
+    num_dims = 1
+
+
+class KWConv2d(_KWConvNd):
+    """Dynamic convolution over ``(N, C, H, W)``, with the signature of ``nn.Conv2d``."""
+
+    num_dims = 2
+
+
+class KWConv3d(_KWConvNd):
+    """Dynamic convolution over ``(N, C, D, H, W)``, with the signature of ``nn.Conv3d``."""
+
+    num_dims = 3

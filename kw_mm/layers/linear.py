@@ -1,0 +1,60 @@
+"""KW linear layer: the 1x1 convolution over its tokens."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..config import WarehouseConfig
+from .conv import KWConv1d
+from .warehouse import WarehouseManager
+
+
+class KWLinear(nn.Module):
+    """Dynamic linear layer, with the signature of ``nn.Linear`` (method, section 4).
+
+    The attention averages over a sample's tokens; ``(N, C)`` is one token per sample.
+
+    Args:
+        in_features: Size of the last dimension of the input.
+        out_features: Size of the last dimension of the output.
+        bias: Whether to add a static bias, zero at first.
+        device: Of the parameters, as in torch.
+        dtype: Of the parameters, as in torch.
+        kw_cfg: Settings of its private warehouse.
+        manager: Instead, the owner of shared warehouses; see ``KWConv2d``.
+        name: The layer's name in the manager's plan.
+
+    Raises:
+        TypeError: If an argument is of a wrong type.
+        ValueError: If a value is out of range.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None,
+                 dtype=None, kw_cfg: WarehouseConfig | Mapping[str, Any] | None = None, *,
+                 manager: WarehouseManager | None = None, name: str = '') -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.conv = KWConv1d(in_features, out_features, 1, bias=bias, device=device, dtype=dtype,
+                             kw_cfg=kw_cfg, manager=manager, name=name)
+
+    def init_weights(self) -> None:
+        """Draws initial values again; see ``KWConv2d.init_weights``."""
+        self.conv.init_weights()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``(N, ..., in_features)`` to ``(N, ..., out_features)``.
+
+        Raises:
+            ValueError: If ``x`` has no batch dimension or another number of features.
+        """
+        if x.dim() < 2 or x.shape[-1] != self.in_features:
+            raise ValueError(f'x must be (N, ..., {self.in_features}), got {tuple(x.shape)}')
+        tokens = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
+        y = self.conv(tokens.transpose(1, 2)).transpose(1, 2)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f'in_features={self.in_features}, out_features={self.out_features}'

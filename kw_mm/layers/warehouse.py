@@ -1,0 +1,59 @@
+"""The owner of all cells of a network, or of a layer that stands alone."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..plan import WarehousePlan
+
+
+class WarehouseManager(nn.Module):
+    """Owns one tensor of cells, ``weights[i]`` of shape ``(n, c_out, c_in, *k)``, per warehouse.
+
+    Layers read their cells from here and own none, so that a cell tensor is one parameter and
+    stands in a state dict exactly once.
+
+    Args:
+        plan: Who shares what.
+        device: Of the parameters, as in torch.
+        dtype: Of the parameters, as in torch.
+    """
+
+    def __init__(self, plan: WarehousePlan, device=None, dtype=None) -> None:
+        super().__init__()
+        self.plan = plan
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.empty(w.num_cells, *w.cell_shape, device=device, dtype=dtype))
+            for w in plan.warehouses)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the cells of each layer as one convolution of their size (method, section 5)."""
+        for layer in self.plan.layers.values():
+            own = layer.assignment
+            if own.num_cells:
+                with torch.no_grad():
+                    cells = self.weights[layer.warehouse][own.first_cell:own.stop_cell]
+                    nn.init.kaiming_normal_(cells.flatten(0, 1), mode='fan_out',
+                                            nonlinearity='relu')
+
+    def cells(self, index: int) -> Tensor:
+        """The cells of one warehouse, ``(n, c_out, c_in, *k)``."""
+        return self.weights[index]
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        # mmengine loads what fits and logs the rest, which would leave cells at random.
+        for i, cells in enumerate(self.weights):
+            loaded = state_dict.get(f'{prefix}weights.{i}', cells)
+            if loaded.shape != cells.shape:
+                raise ValueError(
+                    f'{prefix}weights.{i} of the checkpoint must have the shape of warehouse {i}, '
+                    f'{tuple(cells.shape)}, got {tuple(loaded.shape)}: the checkpoint has another '
+                    'budget or architecture; set kw_cfg (cell_num_ratio, cell_inplane_ratio, '
+                    'cell_outplane_ratio, spatial_partition) as it was trained')
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return '\n'.join(
+            f'({i}): {w.num_cells} cells of {tuple(w.cell_shape)}, {len(w.layers)} layers, '
+            f'{w.num_mixtures} mixtures' for i, w in enumerate(self.plan.warehouses))

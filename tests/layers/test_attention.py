@@ -1,0 +1,92 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from kw_mm import ConvSpec, KWConv2d, KWLinear, plan_warehouses, set_temperature
+from kw_mm.layers import Attention
+
+
+def attention(batch_norm=True, **kw_cfg):
+    plan = plan_warehouses([ConvSpec('a', 8, 8, (3, 3))],
+                           dict(attn_norm='BN1d' if batch_norm else 'LN', **kw_cfg))
+    return Attention(plan.layers['a']).double()
+
+
+def test_it_reads_like_the_method():
+    torch.manual_seed(0)
+    layer = attention().eval()
+    layer.norm1.running_mean.normal_()
+    layer.fc2.bias.data.normal_()
+    x = torch.randn(3, 8, 5, 4).double()
+    hidden = (x.mean((2, 3)) @ layer.fc1.weight.T - layer.norm1.running_mean) / (1 + 1e-5)**.5
+    z = (hidden.clamp(min=0) @ layer.fc2.weight.T + layer.fc2.bias).view(3, 9, 10)
+    expected = (z / (z.abs().sum(-1, keepdim=True) + 1e-3))[..., :9]
+    torch.testing.assert_close(layer(x), expected)
+    set_temperature(layer, 1)
+    torch.testing.assert_close(layer(x), torch.eye(9).double().expand(3, 9, 9))
+
+
+def test_layer_norm_sees_samples_apart():
+    layer = attention(batch_norm=False)
+    x = torch.randn(3, 8, 5, 4).double()
+    torch.testing.assert_close(layer(x)[1:2], layer(x[1:2]))
+
+
+@pytest.mark.parametrize('batch', [0, 1])
+def test_small_training_batch_uses_and_keeps_running_statistics(batch):
+    # nn.BatchNorm1d raises "Expected more than 1 value per channel when training".
+    layer = attention().train()
+    layer.norm1.running_mean.normal_()
+    before = layer.norm1.running_mean.clone()
+    x = torch.randn(batch, 8, 5, 4).double()
+    torch.testing.assert_close(layer(x), copy.deepcopy(layer).eval()(x))
+    assert torch.equal(layer.norm1.running_mean, before)
+    layer(torch.randn(2, 8, 5, 4).double())
+    assert not torch.equal(layer.norm1.running_mean, before)
+
+
+def test_initial_values():
+    layer = attention(cell_num_ratio=4)
+    assert torch.equal(layer.fc2.bias, torch.zeros(9 * 37).double())
+    assert layer.fc1.weight.std().item() == pytest.approx((2 / 16)**.5, rel=0.2)
+    assert layer.fc2.weight.std().item() == pytest.approx((2 / (9 * 37))**.5, rel=0.05)
+
+
+class TestTemperature:
+    def net(self):
+        return nn.Sequential(KWConv2d(4, 4, 3), nn.Sequential(KWLinear(4, 4)))
+
+    def taus(self, module):
+        return [m.tau.item() for m in module.modules() if isinstance(m, Attention)]
+
+    def test_set_everywhere_and_zero_at_first(self):
+        net = self.net()
+        assert self.taus(net) == [0, 0]
+        assert set_temperature(net, 0.3) == 2
+        assert self.taus(net) == [0.3, 0.3]
+        assert set_temperature(nn.Conv2d(1, 1, 1), 0.3) == 0
+
+    def test_no_change_of_dtype_rounds_it(self):
+        net = self.net()
+        set_temperature(net, 0.3)
+        for change in (torch.bfloat16, torch.float16, torch.float64, torch.float32):
+            net.to(change)
+            assert self.taus(net) == [0.3, 0.3]
+            assert {m.tau.dtype for m in net.modules() if isinstance(m, Attention)} == {
+                torch.float64}
+        assert self.taus(copy.deepcopy(net)) == [0.3, 0.3]
+
+    def test_beta_and_tau_move_but_stay_out_of_the_state_dict(self):
+        layer = KWConv2d(4, 4, 3)
+        assert not {k for k in layer.state_dict() if 'beta' in k or 'tau' in k}
+        assert layer.to('meta').attention.beta.is_meta
+        assert layer.attention.tau.is_meta
+
+    @pytest.mark.parametrize('tau, error', [(1.1, ValueError), (-0.1, ValueError),
+                                            (float('nan'), ValueError), ('1', TypeError),
+                                            (True, TypeError)])
+    def test_errors(self, tau, error):
+        with pytest.raises(error, match=rf'tau must be a number in \[0, 1\], got {tau!r}'):
+            set_temperature(self.net(), tau)

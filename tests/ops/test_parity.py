@@ -1,0 +1,110 @@
+"""Every fast function equals its reference: outputs and all gradients, float64, odd geometries."""
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kw_mm import ops
+from kw_mm.ops import reference
+
+
+@st.composite
+def geometries(draw):
+    """A layer's sizes: 1 to 3 dimensions, any groups, stride, dilation, padding and batch."""
+    dims = draw(st.integers(1, 3))
+    sizes = st.integers(1, 3)
+    groups = draw(st.integers(1, 3))
+    cell = (draw(sizes), draw(sizes))
+    partition = draw(st.booleans())
+    kernel_size = tuple(draw(st.lists(st.integers(1, 3), min_size=dims, max_size=dims)))
+    dilation = tuple(draw(st.lists(st.integers(1, 2), min_size=dims, max_size=dims)))
+    padding = tuple(draw(st.lists(st.integers(0, 2), min_size=dims, max_size=dims)))
+    positions = math.prod(kernel_size) if partition else 1
+    grid = (positions, groups * draw(st.integers(1, 2)), draw(st.integers(1, 2)))
+    least = [max(d * (k - 1) + 1 - 2 * p, 1) for d, k, p in zip(dilation, kernel_size, padding)]
+    return dict(
+        batch=draw(st.integers(0, 5)), groups=groups, grid=grid, kernel_size=kernel_size,
+        cell_shape=(*cell, *((1,) * dims if partition else kernel_size)),
+        num_cells=draw(st.integers(1, 6)), dilation=dilation, padding=padding,
+        stride=tuple(draw(st.lists(st.integers(1, 3), min_size=dims, max_size=dims))),
+        size=tuple(lower + draw(st.integers(0, 4)) for lower in least),
+        bias=draw(st.booleans()), tau=draw(st.sampled_from([0., 0.37, 1.])))
+
+
+def leaf(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def check(function, twin, inputs, *rest):
+    """Compares outputs, and gradients of a random linear form, for all inputs that have them."""
+    leaves = [t for t in inputs if t is not None and t.requires_grad]
+    outputs = [f(*inputs, *rest) for f in (function, twin)]
+    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
+    weights = torch.randn_like(outputs[0])
+    # A loop over no samples has no graph; the added zero lends it one.
+    fast, slow = (torch.autograd.grad((out * weights).sum() + sum(t.sum() * 0 for t in leaves),
+                                      leaves) for out in outputs)
+    for actual, expected in zip(fast, slow):
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
+@settings(deadline=None, max_examples=150)
+@given(geometries())
+def test_assembly_and_convolution(g):
+    torch.manual_seed(0)
+    alpha = leaf(g['batch'], math.prod(g['grid']), g['num_cells'])
+    cells = leaf(g['num_cells'], *g['cell_shape'])
+    check(ops.assemble_kernel, reference.assemble_kernel, (alpha, cells), g['grid'],
+          g['kernel_size'])
+    kernel = ops.assemble_kernel(alpha, cells, g['grid'], g['kernel_size']).detach()
+    x = leaf(g['batch'], kernel.shape[2] * g['groups'], *g['size'])
+    bias = leaf(kernel.shape[1]) if g['bias'] else None
+    check(ops.dynamic_conv, reference.dynamic_conv, (x, kernel.requires_grad_(), bias),
+          g['stride'], g['padding'], g['dilation'], g['groups'])
+
+
+@settings(deadline=None, max_examples=60)
+@given(batch=st.integers(0, 5), m=st.integers(1, 4), n=st.integers(1, 5),
+       tau=st.sampled_from([0., 0.37, 1.]))
+def test_mixing_weights(batch, m, n, tau):
+    torch.manual_seed(0)
+    beta = torch.eye(m, n, dtype=torch.float64)
+    check(ops.mixing_weights, reference.mixing_weights, (leaf(batch, m, n + 1),), beta,
+          torch.tensor(tau, dtype=torch.float64))
+
+
+@settings(deadline=None, max_examples=60)
+@given(batch=st.integers(0, 3), m=st.integers(1, 3), local=st.integers(0, 3),
+       nonlocal_=st.integers(1, 5), basis=st.integers(1, 4), data=st.data())
+def test_basis_logits(batch, m, local, nonlocal_, basis, data):
+    torch.manual_seed(0)
+    inputs = (leaf(batch, m, local + basis + 1), leaf(nonlocal_, basis),
+              leaf(m * (local + nonlocal_ + 1)))
+    check(ops.basis_logits, reference.basis_logits, inputs, data.draw(st.integers(0, nonlocal_)))
+
+
+def test_gradcheck():
+    torch.manual_seed(0)
+    logits, cells, x = leaf(2, 4, 4), leaf(3, 2, 1, 1, 1), leaf(2, 2, 5, 3)
+    beta = torch.eye(4, 3, dtype=torch.float64)
+
+    def layer(logits, cells, x):
+        alpha = ops.mixing_weights(logits, beta, torch.tensor(0.3, dtype=torch.float64))
+        kernel = ops.assemble_kernel(alpha, cells, (2, 1, 2), (2, 1))
+        return ops.dynamic_conv(x, kernel, None, (2, 1), (1, 0), (1, 1), 1)
+
+    assert torch.autograd.gradcheck(layer, (logits, cells, x))
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_normalisation_is_safe_in_half_precision(dtype):
+    # 600 logits of 1000 sum to 6e5, beyond float16; small ones vanish beside EPS in bfloat16.
+    for scale in (1e3, 1e-3):
+        logits = scale * torch.ones(1, 1, 600, dtype=dtype)
+        beta, tau = torch.zeros(1, 599, dtype=dtype), torch.zeros((), dtype=torch.float64)
+        alpha = ops.mixing_weights(logits, beta, tau)
+        exact = reference.mixing_weights(logits.double()[..., :600], beta.double(), tau)
+        assert alpha.dtype == dtype
+        torch.testing.assert_close(alpha.double(), exact, rtol=torch.finfo(dtype).eps, atol=0)
