@@ -1,0 +1,4 @@
+"""Models for OpenMMLab."""
+from .backbones import KWResNet
+
+__all__ = ['KWResNet']

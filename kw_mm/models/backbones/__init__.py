@@ -1,0 +1,4 @@
+"""Backbones of the paper."""
+from .resnet import KWResNet
+
+__all__ = ['KWResNet']

@@ -1,0 +1,128 @@
+"""What the KW backbones share: warehouses, freezing, train mode, checks of arguments."""
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from mmengine.model import BaseModule
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ...config import WarehouseConfig
+from ...layers import KWConv2d, WarehouseManager
+from ...plan import ConvSpec, WarehousePlan, plan_warehouses
+
+
+class KWBackbone(BaseModule):
+    """Base of backbones whose dynamic convolutions share warehouses.
+
+    A subclass hands over the geometry of its dynamic convolutions, then builds every convolution
+    with ``_conv`` and, when all is built, calls ``_freeze``.
+
+    Freezing stages stops the attentions, norms and static convolutions in them. Cells are another
+    matter, for a warehouse outlives its stage: frozen layers share it with trainable ones. By
+    default all cells stay trainable, as in the authors' detectors, so that what a frozen layer
+    computes can still drift; with ``freeze_cells`` every warehouse that a frozen layer draws on
+    is frozen as well.
+
+    Args:
+        specs: The dynamic convolutions in module order, named by their paths in the backbone.
+        config: Settings of the warehouses.
+        frozen_stages: Stages up to this one are frozen, -1 for none.
+        freeze_cells: Whether cells that a frozen layer draws on are frozen too.
+        norm_eval: Whether batch norms, the attentions' included, keep to their running statistics
+            in training.
+        init_cfg: How mmengine initialises weights; None for the initial values of the method.
+
+    Raises:
+        ValueError: If ``init_cfg`` asks for static weights in a way that would be ignored.
+    """
+
+    def __init__(self, specs: Iterable[ConvSpec], config: WarehouseConfig, frozen_stages: int,
+                 freeze_cells: bool, norm_eval: bool,
+                 init_cfg: Mapping[str, Any] | list | None) -> None:
+        super().__init__(init_cfg)
+        check_init_cfg(init_cfg)
+        self.frozen_stages = frozen_stages
+        self.freeze_cells = freeze_cells
+        self.norm_eval = norm_eval
+        self.warehouse_manager = WarehouseManager(plan_warehouses(specs, config))
+
+    @property
+    def plan(self) -> WarehousePlan:
+        """Who shares what; prints as a table."""
+        return self.warehouse_manager.plan
+
+    def _conv(self, name: str, in_channels: int, out_channels: int, kernel_size: int,
+              **kwargs: Any) -> nn.Module:
+        """The convolution at the path ``name``: dynamic where the plan has it, else static."""
+        if name in self.plan.layers:
+            return KWConv2d(in_channels, out_channels, kernel_size, **kwargs,
+                            manager=self.warehouse_manager, name=name)
+        conv = nn.Conv2d(in_channels, out_channels, kernel_size, **kwargs)
+        nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
+        return conv
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        """The modules that ``frozen_stages`` stops."""
+        raise NotImplementedError
+
+    def _freeze(self) -> None:
+        for module in self._frozen_modules():
+            for parameter in module.parameters():
+                parameter.requires_grad = False
+        if self.freeze_cells:
+            for layer in (m for f in self._frozen_modules() for m in f.modules()):
+                if isinstance(layer, KWConv2d):
+                    layer.cells.requires_grad = False
+
+    def train(self, mode: bool = True) -> KWBackbone:
+        """Sets train mode; frozen stages, and with ``norm_eval`` all batch norms, stay out."""
+        super().train(mode)
+        if mode:
+            for module in self._frozen_modules():
+                module.eval()
+            if self.norm_eval:
+                for module in self.modules():
+                    if isinstance(module, _BatchNorm):
+                        module.eval()
+        return self
+
+
+def check_init_cfg(init_cfg: Mapping[str, Any] | list | None) -> None:
+    """Refuses an ``init_cfg`` that a base config left behind for the static backbone.
+
+    mmengine loads what fits and merely logs the rest, so torchvision's static weights would leave
+    the dynamic layers at random.
+
+    Raises:
+        ValueError: If it does.
+    """
+    for cfg in init_cfg if isinstance(init_cfg, Sequence) else [init_cfg or {}]:
+        checkpoint = str(cfg.get('checkpoint', ''))
+        if cfg.get('type') == 'Pretrained' and checkpoint.startswith(
+                ('torchvision://', 'open-mmlab://')):
+            raise ValueError(
+                'init_cfg must not load static weights into a KW backbone, got checkpoint='
+                f'{checkpoint!r}; name a KW checkpoint, or set init_cfg=None to start from '
+                'scratch')
+
+
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Raises ValueError unless the value is one of the choices."""
+    choices = list(choices)
+    if isinstance(value, bool) or value not in choices:
+        raise ValueError(f'{name} must be one of {choices}, got {value!r}')
+
+
+def check_indices(name: str, value: Sequence[int], num: int) -> tuple[int, ...]:
+    """Returns rising indices below ``num`` as a tuple.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    indices = tuple(value) if isinstance(value, Sequence) else (value,)
+    if not indices or any(isinstance(i, bool) or not isinstance(i, int) for i in indices) or list(
+            indices) != sorted(set(indices) & set(range(num))):
+        raise ValueError(f'{name} must be rising indices from 0 to {num - 1}, got {value!r}')
+    return indices
