@@ -1,0 +1,286 @@
+"""One image of the shapes data set and the masks of what is visible in it."""
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from .textures import draw_background, draw_clutter, paint
+
+SPLITS = ('train', 'val')
+MIN_SIDE = 32
+CROWD_SHARE = 0.12
+NUM_OBJECTS = (2, 6)
+
+# An object keeps at least this share of itself in the frame, and of that under later objects.
+# A placement that would break the rule is drawn again elsewhere: whatever is in the image is
+# also in the annotations, and no annotation is of a shape nobody could name.
+MIN_IN_FRAME = 0.65
+MIN_VISIBLE = 0.5
+MIN_PIXELS = 24
+
+# Circumscribed diameters for a short side of 128 and how often each range is drawn. They grow
+# with the image, but never fall below MIN_DIAMETER, where classes are no longer told apart.
+DIAMETERS = ((13, 19), (20, 48), (54, 92))
+DIAMETER_SHARES = (0.16, 0.64, 0.20)
+MIN_DIAMETER = 12
+
+
+@dataclass(frozen=True)
+class ShapeInstance:
+    """What is visible of one object, or of one crowd.
+
+    Args:
+        label: Index into ``SHAPE_CLASSES``.
+        mask: Visible pixels, bool ``(H, W)``; never empty. Masks of one image are disjoint.
+        iscrowd: Whether the mask is that of a cluster of tiny shapes of one class.
+    """
+
+    label: int
+    mask: np.ndarray
+    iscrowd: bool = False
+
+
+def _star(u: np.ndarray, v: np.ndarray, form: float) -> np.ndarray:
+    # Ten equal sectors, every other one mirrored: in a sector the outline is one straight line
+    # from a tip (radius 1, angle 0) to a notch (radius `notch`, angle pi/5).
+    fifth = 2 * math.pi / 5
+    angle = np.abs((np.arctan2(u, v) + fifth / 2) % fifth - fifth / 2)
+    radius = np.hypot(u, v)
+    notch = 0.38 + 0.1 * form
+    x, y = radius * np.cos(angle), radius * np.sin(angle)
+    notch_x, notch_y = notch * math.cos(fifth / 2), notch * math.sin(fifth / 2)
+    return (x - 1) * notch_y <= y * (notch_x - 1)
+
+
+def _ring(u: np.ndarray, v: np.ndarray, form: float) -> np.ndarray:
+    radius = np.hypot(u, v)
+    return (radius <= 1) & (radius >= 0.45 + 0.17 * form)
+
+
+def _cross(u: np.ndarray, v: np.ndarray, form: float) -> np.ndarray:
+    u, v = np.abs(u), np.abs(v)
+    return (np.maximum(u, v) <= 0.94) & (np.minimum(u, v) <= 0.22 + 0.11 * form)
+
+
+# Inside or not at (u, v), for a shape that lies in the unit disc; `form` in [0, 1] varies it.
+_OUTLINES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
+    'circle': lambda u, v, form: u * u + v * v <= 1,
+    'square': lambda u, v, form: np.maximum(np.abs(u), np.abs(v)) <= math.sqrt(0.5),
+    'triangle': lambda u, v, form: (v >= -0.5) & (math.sqrt(3) * np.abs(u) + v <= 1),
+    'star': _star,
+    'ring': _ring,
+    'cross': _cross,
+}
+SHAPE_CLASSES = tuple(_OUTLINES)
+
+
+def draw_scene(seed: int, split: str, index: int,
+               size: int | Sequence[int] = 128) -> tuple[np.ndarray, list[ShapeInstance]]:
+    """Draw image ``index`` of a split.
+
+    A pure function: the result depends on the arguments alone, so neither the number of images
+    nor the order in which they are drawn matters. Colours and textures are independent of the
+    class. Later objects cover earlier ones, so masks are of what is left to see.
+
+    Args:
+        seed: Seed of the whole data set, at least 0.
+        split: ``'train'`` or ``'val'``; the two share no random numbers.
+        index: Index of the image in its split, at least 0.
+        size: Side of a square image or ``(width, height)``, in pixels, at least 32.
+
+    Returns:
+        The image, uint8 ``(H, W, 3)`` in BGR order, and its instances in drawing order: at
+        least one that is not a crowd, and at most one crowd, which comes first.
+
+    Raises:
+        TypeError: If a number is not an integer.
+        ValueError: If an argument is out of range.
+    """
+    seed = check_int('seed', seed, 0)
+    index = check_int('index', index, 0)
+    width, height = check_size(size)
+    if split not in SPLITS:
+        raise ValueError(f'split must be one of {SPLITS}, got {split!r}')
+
+    # A spawn key, unlike a longer entropy list, cannot collide with another seed.
+    key = (SPLITS.index(split), index)
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
+
+    image = draw_background(rng, width, height)
+    draw_clutter(rng, image)
+    scene = _Scene(image)
+    if rng.random() < CROWD_SHARE:
+        _add_crowd(rng, scene)
+    _add_objects(rng, scene)
+
+    sigma = rng.uniform(0.3, 0.8)
+    image = cv2.GaussianBlur(image, (3, 3), sigma)
+    # Of brightness alone, which a camera's mostly is.
+    noise = rng.standard_normal((height, width, 1), dtype=np.float32)
+    noise *= np.float32(rng.uniform(2, 12))
+    image += noise
+    return np.clip(image, 0, 255, out=image).astype(np.uint8), scene.instances()
+
+
+def check_int(field: str, value: int, minimum: int) -> int:
+    """``value`` as a plain int, if it is an integer of at least ``minimum``.
+
+    Raises:
+        TypeError: If it is not an integer.
+        ValueError: If it is below ``minimum``.
+    """
+    if isinstance(value, bool) or not hasattr(value, '__index__'):
+        raise TypeError(f'{field} must be an integer, got {value!r}')
+    value = operator.index(value)
+    if value < minimum:
+        raise ValueError(f'{field} must be at least {minimum}, got {value}')
+    return value
+
+
+def check_size(size: int | Sequence[int]) -> tuple[int, int]:
+    """``size`` as ``(width, height)``.
+
+    Raises:
+        TypeError: If it is neither an integer nor a sequence of integers.
+        ValueError: If it has not one or two entries, or a side is below 32.
+    """
+    if isinstance(size, (list, tuple)):
+        if len(size) != 2:
+            raise ValueError(f'size must be an integer or (width, height), got {size!r}')
+        return check_int('width of size', size[0], MIN_SIDE), check_int(
+            'height of size', size[1], MIN_SIDE)
+    side = check_int('size', size, MIN_SIDE)
+    return side, side
+
+
+class _Scene:
+    """A canvas that remembers which instance every pixel belongs to."""
+
+    def __init__(self, image: np.ndarray) -> None:
+        self.image = image
+        # Number of the instance that shows; 0 is the background, which takes the first place
+        # in the lists below too.
+        self.owner = np.zeros(image.shape[:2], np.uint8)
+        self.labels, self.crowds = [-1], [False]
+        # Pixels of each instance when it was drawn, and those that still show.
+        self.areas = np.zeros(1, np.int64)
+        self.visible = np.zeros(1, np.int64)
+
+    def new_instance(self, label: int, iscrowd: bool = False) -> None:
+        self.labels.append(label)
+        self.crowds.append(iscrowd)
+        self.areas = np.append(self.areas, 0)
+        self.visible = np.append(self.visible, 0)
+
+    def draw(self, rng: np.random.Generator, window: tuple[slice, slice],
+             mask: np.ndarray) -> None:
+        """Paint ``mask`` inside ``window`` as a part of the newest instance."""
+        paint(rng, self.image[window], mask)
+        covered = self._covered(window, mask)
+        self.visible -= covered
+        self.visible[-1] += covered.sum()
+        # Members of a crowd may overlap; its area counts every pixel once.
+        self.areas[-1] = self.visible[-1]
+        self.owner[window][mask] = len(self.labels) - 1
+
+    def leaves_enough(self, window: tuple[slice, slice], mask: np.ndarray) -> bool:
+        """Whether every instance stays recognisable once ``mask`` covers it."""
+        covered = self._covered(window, mask)
+        least = np.maximum(MIN_VISIBLE * self.areas, MIN_PIXELS)
+        return bool(((covered == 0) | (self.visible - covered >= least))[1:].all())
+
+    def instances(self) -> list[ShapeInstance]:
+        return [
+            ShapeInstance(self.labels[i], self.owner == i, self.crowds[i])
+            for i in range(1, len(self.labels))
+        ]
+
+    def _covered(self, window: tuple[slice, slice], mask: np.ndarray) -> np.ndarray:
+        return np.bincount(self.owner[window][mask], minlength=len(self.labels))
+
+
+def _add_objects(rng: np.random.Generator, scene: _Scene) -> None:
+    num = int(rng.integers(NUM_OBJECTS[0], NUM_OBJECTS[1] + 1))
+    short = min(scene.owner.shape)
+    ranges = np.array(DIAMETERS)[rng.choice(len(DIAMETERS), num, p=DIAMETER_SHARES)]
+    diameters = rng.uniform(ranges[:, 0], ranges[:, 1]) * short / 128
+    diameters = np.maximum(diameters, MIN_DIAMETER)
+    # Large ones tend to come first; in any order the small ones would mostly lie under them.
+    diameters = diameters[np.argsort(-diameters * rng.uniform(0.6, 1.4, num))]
+    for diameter in diameters.tolist():
+        label = int(rng.integers(len(SHAPE_CLASSES)))
+        # Thirty places are enough in practice; a full image then has one object less.
+        for _ in range(30):
+            window, mask = _place(rng, label, diameter, scene.owner.shape, inset=0.35)
+            if window is not None and scene.leaves_enough(window, mask):
+                scene.new_instance(label)
+                scene.draw(rng, window, mask)
+                break
+
+
+def _add_crowd(rng: np.random.Generator, scene: _Scene) -> None:
+    height, width = scene.owner.shape
+    short = min(height, width)
+    label = int(rng.integers(len(SHAPE_CLASSES)))
+    spread = 0.11 * short
+    centre = rng.uniform(1.5 * spread, np.array([width, height]) - 1.5 * spread)
+    scene.new_instance(label, iscrowd=True)
+    for _ in range(int(rng.integers(8, 15))):
+        diameter = max(rng.uniform(6, 9) * short / 128, 6)
+        member = np.clip(rng.normal(centre, spread), 3, np.array([width, height]) - 4)
+        window, mask = _place(rng, label, diameter, (height, width), centre=member)
+        if window is not None:
+            scene.draw(rng, window, mask)
+
+
+def _place(
+    rng: np.random.Generator,
+    label: int,
+    diameter: float,
+    shape: tuple[int, int],
+    inset: float = 0,
+    centre: np.ndarray | None = None
+) -> tuple[tuple[slice, slice], np.ndarray] | tuple[None, None]:
+    """A turned shape somewhere in the frame: its window there, and its mask in that window.
+
+    Args:
+        rng: Source of the pose.
+        label: Class of the shape.
+        diameter: Diameter of the circle around it, in pixels.
+        shape: Height and width of the frame.
+        inset: How far from the border the centre stays, in diameters.
+        centre: Given centre (x, y), in pixels; drawn at random otherwise.
+
+    Returns:
+        Window and mask, or ``(None, None)`` if too little of the shape is in the frame.
+    """
+    height, width = shape
+    angle = rng.uniform(0, 2 * math.pi)
+    aspect = rng.uniform(0.82, 1)
+    form = rng.random()
+    margin = inset * diameter
+    if centre is None:
+        centre = rng.uniform(margin, np.array([width, height]) - margin)
+
+    radius = diameter / 2
+    centre_x, centre_y = (float(c) for c in centre)
+    left, top = int(centre_x - radius) - 1, int(centre_y - radius) - 1
+    side = int(diameter) + 4
+    x = (np.arange(left, left + side, dtype=np.float32) + (0.5 - centre_x)) / radius
+    y = (np.arange(top, top + side, dtype=np.float32)[:, None] + (0.5 - centre_y)) / radius
+    cos, sin = math.cos(angle), math.sin(angle)
+    u, v = cos * x + sin * y, cos * y - sin * x
+    # Squeezed along one axis, so a shape never leaves the circle around it.
+    mask = _OUTLINES[SHAPE_CLASSES[label]](u / aspect, v, form)
+
+    rows = slice(max(top, 0), min(top + side, height))
+    columns = slice(max(left, 0), min(left + side, width))
+    inside = mask[rows.start - top:rows.stop - top, columns.start - left:columns.stop - left]
+    if inside.sum() < max(MIN_IN_FRAME * mask.sum(), 1):
+        return None, None
+    return (rows, columns), inside

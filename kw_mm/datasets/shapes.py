@@ -1,0 +1,226 @@
+"""The shapes data set on disk: images, COCO annotations, and a record of how they were made.
+
+    root/train/000000.jpg ...   root/annotations/instances_train.json   root/shapes.json
+    root/val/000000.jpg ...     root/annotations/instances_val.json
+"""
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+
+from .annotations import encode_instance
+from .drawing import SHAPE_CLASSES, SPLITS, check_int, check_size, draw_scene
+
+# To be raised whenever the same parameters give other images or annotations.
+FORMAT_VERSION = 1
+
+_RECORD = 'shapes.json'
+_UNFINISHED = 'shapes.unfinished.json'
+# Full colour resolution: the edges of small shapes are often edges of colour alone.
+_JPEG = [cv2.IMWRITE_JPEG_QUALITY, 95,
+         cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+
+
+@dataclass(frozen=True)
+class ShapesFiles:
+    """Where a data set lies.
+
+    Args:
+        root: Its folder.
+        written: Whether this call wrote it; ``False`` if it was there and whole already.
+    """
+
+    root: Path
+    written: bool
+
+    def images(self, split: str) -> Path:
+        """Folder of the images of a split, ``data_prefix`` of a config."""
+        return self.root / split
+
+    def annotations(self, split: str) -> Path:
+        """COCO file of a split, ``ann_file`` of a config."""
+        return self.root / 'annotations' / f'instances_{split}.json'
+
+
+def write_shapes(root: str | os.PathLike,
+                 num_train: int = 1600,
+                 num_val: int = 200,
+                 size: int | Sequence[int] = 128,
+                 seed: int = 0,
+                 progress: bool = False,
+                 overwrite: bool = False) -> ShapesFiles:
+    """Write the train and val splits as COCO instance segmentation.
+
+    Every file appears under its name only when it is whole, and ``shapes.json``, which holds
+    the parameters, comes last. So a whole data set of the same parameters is left as it is,
+    and one that was interrupted or lost files is written again, to the same bytes.
+
+    Args:
+        root: Folder of the data set; made if missing.
+        num_train: Number of training images, at least 1.
+        num_val: Number of validation images, at least 1.
+        size: Side of square images or ``(width, height)``, in pixels, at least 32.
+        seed: Seed of the data set, at least 0.
+        progress: Whether to show a progress bar with the time left on stderr.
+        overwrite: Whether to replace a shapes data set, whatever its parameters.
+
+    Returns:
+        Where everything is, and whether it was written now.
+
+    Raises:
+        TypeError: If a number is not an integer.
+        ValueError: If an argument is out of range, ``root`` holds a shapes data set of other
+            parameters and ``overwrite`` is not set, or ``root`` holds another data set.
+    """
+    width, height = check_size(size)
+    counts = dict(zip(SPLITS, (check_int('num_train', num_train, 1),
+                               check_int('num_val', num_val, 1))))
+    parameters = dict(
+        version=FORMAT_VERSION,
+        num_train=counts['train'],
+        num_val=counts['val'],
+        size=[width, height],
+        seed=check_int('seed', seed, 0),
+        classes=list(SHAPE_CLASSES))
+
+    root = Path(root)
+    if not overwrite:
+        _check_same(root, parameters)
+    _check_own(root)
+    if not overwrite and _is_whole(root, counts):
+        return ShapesFiles(root, written=False)
+
+    files = ShapesFiles(root, written=True)
+    for folder in (*map(files.images, SPLITS), root / 'annotations'):
+        folder.mkdir(parents=True, exist_ok=True)
+    # From here to the end the folder is marked as ours but not whole.
+    _write_json(root / _UNFINISHED, parameters)
+    (root / _RECORD).unlink(missing_ok=True)
+    bar = _progress_bar(sum(counts.values())) if progress else None
+    for split, num in counts.items():
+        _remove_surplus(files.images(split), num)
+        _write_split(files, split, num, parameters, bar)
+    if bar is not None:
+        bar.file.write('\n')
+    _write_json(root / _RECORD, parameters)
+    (root / _UNFINISHED).unlink(missing_ok=True)
+    return files
+
+
+def describe_shapes(files: ShapesFiles) -> str:
+    """A short table of what a data set holds: images, instances per class, crowds."""
+    lines = [f'{"":<12}' + ''.join(f'{split:>8}' for split in SPLITS)]
+    rows: dict[str, list[int]] = {name: [] for name in ('images', *SHAPE_CLASSES, 'crowds')}
+    for split in SPLITS:
+        coco = json.loads(files.annotations(split).read_text())
+        rows['images'].append(len(coco['images']))
+        single = [a['category_id'] for a in coco['annotations'] if not a['iscrowd']]
+        for category in coco['categories']:
+            rows[category['name']].append(single.count(category['id']))
+        rows['crowds'].append(len(coco['annotations']) - len(single))
+    lines += [f'{name:<12}' + ''.join(f'{n:>8}' for n in row) for name, row in rows.items()]
+    return '\n'.join(lines)
+
+
+def _write_split(files: ShapesFiles, split: str, num: int, parameters: dict[str, Any],
+                 bar: Any) -> None:
+    width, height = parameters['size']
+    images, annotations = [], []
+    for index in range(num):
+        image, instances = draw_scene(parameters['seed'], split, index, (width, height))
+        name = _image_name(index)
+        _write_bytes(files.images(split) / name, cv2.imencode('.jpg', image, _JPEG)[1].tobytes())
+        # Ids start at 1: COCO's own evaluation takes an annotation of id 0 for "no match".
+        images.append(dict(id=index + 1, file_name=name, width=width, height=height))
+        for instance in instances:
+            annotations.append(dict(id=len(annotations) + 1, image_id=index + 1,
+                                    **encode_instance(instance)))
+        if bar is not None:
+            bar.update()
+    _write_json(files.annotations(split), dict(
+        info=dict(description='Generated shapes', version=str(FORMAT_VERSION)),
+        images=images,
+        categories=[dict(id=i, name=name, supercategory='shape')
+                    for i, name in enumerate(SHAPE_CLASSES, 1)],
+        annotations=annotations))
+
+
+def _check_same(root: Path, parameters: dict[str, Any]) -> None:
+    for name in (_RECORD, _UNFINISHED):
+        path = root / name
+        if not path.exists():
+            continue
+        try:
+            found = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError):
+            raise ValueError(f'root: {path} does not hold the parameters of a shapes data set; '
+                             'choose another folder, or overwrite it (overwrite=True, '
+                             '--overwrite)') from None
+        differences = [
+            f'{key} is {found.get(key)}, asked for {parameters.get(key)}'
+            for key in sorted(found.keys() | parameters.keys())
+            if found.get(key) != parameters.get(key)
+        ]
+        if differences:
+            raise ValueError(f'root: {root} holds a shapes data set of other parameters '
+                             f'({"; ".join(differences)}); choose another folder, or overwrite '
+                             'it (overwrite=True, --overwrite)')
+
+
+def _check_own(root: Path) -> None:
+    """Refuse a folder with files of someone else under the names that we would write."""
+    if root.exists() and not root.is_dir():
+        raise ValueError(f'root must be a folder, {root} is a file')
+    if (root / _RECORD).exists() or (root / _UNFINISHED).exists():
+        return
+    for name in (*SPLITS, 'annotations'):
+        folder = root / name
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise ValueError(f'root: {root} has a {name!r} that is not of a shapes data set '
+                             f'(there is no {_RECORD}); choose another folder')
+
+
+def _is_whole(root: Path, counts: dict[str, int]) -> bool:
+    if not (root / _RECORD).exists() or (root / _UNFINISHED).exists():
+        return False
+    files = ShapesFiles(root, written=False)
+    return all(
+        files.annotations(split).is_file() and files.images(split).is_dir()
+        and set(map(_image_name, range(num))) <= set(os.listdir(files.images(split)))
+        for split, num in counts.items())
+
+
+def _remove_surplus(folder: Path, num: int) -> None:
+    # What a larger data set left here when it is overwritten; files of other names stay.
+    keep = set(map(_image_name, range(num)))
+    for name in os.listdir(folder):
+        if re.fullmatch(r'\d{6,}\.jpg', name) and name not in keep:
+            (folder / name).unlink()
+
+
+def _image_name(index: int) -> str:
+    return f'{index:06d}.jpg'
+
+
+def _write_json(path: Path, value: Any) -> None:
+    _write_bytes(path, json.dumps(value, separators=(',', ':')).encode())
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    # The process id keeps two processes that write the same data set out of each other's way.
+    part = path.with_name(f'.{path.name}.{os.getpid()}')
+    part.write_bytes(data)
+    os.replace(part, path)
+
+
+def _progress_bar(total: int) -> Any:
+    from mmengine.utils import ProgressBar
+    return ProgressBar(total, file=sys.stderr)
