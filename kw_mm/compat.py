@@ -1,0 +1,133 @@
+"""Quirks of the packages below us, each with its reason; ``apply`` runs once, at import."""
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.dist import utils as dist_utils
+from mmengine.logging import HistoryBuffer, print_log
+
+# The methods that mmengine registers with every history buffer, by the names a pickle has.
+_STATISTICS = {name: getattr(HistoryBuffer, name)
+               for name in ('min', 'max', 'current', 'mean') if hasattr(HistoryBuffer, name)}
+
+# Backends that need an accelerator of their own; all are mmengine's defaults somewhere.
+_ACCELERATOR_BACKENDS = ('nccl', 'cncl', 'hccl', 'mccl')
+
+
+def apply() -> None:
+    """Makes mmengine checkpoints load and distributed CPU runs start; may run again."""
+    allow_mmengine_checkpoints()
+    patch_pytorch_launcher()
+
+
+def has_accelerator() -> bool:
+    """Tells whether mmengine will put the model on anything but the CPU."""
+    return get_device() != 'cpu'
+
+
+# Since 2.6, torch.load builds nothing but tensors and plain containers unless told otherwise.
+# mmengine's checkpoints hold the logged history too, and so could not be resumed from or tested.
+
+def allow_mmengine_checkpoints() -> None:
+    """Names to ``torch.load(weights_only=True)`` what mmengine puts into a checkpoint.
+
+    A history buffer is pickled with its methods, which pickle spells ``getattr(HistoryBuffer,
+    'mean')``. Allowing ``getattr`` itself would let a crafted file reach ``eval``; what is
+    allowed under its name is a stand-in that knows those few methods and refuses all else.
+    """
+    # Before 2.6 the default is weights_only=False, and names cannot be given to functions.
+    if torch.__version__ < (2, 6):
+        return
+    numpy_core = np._core if hasattr(np, '_core') else np.core
+    allowed: list[Any] = [HistoryBuffer, np.ndarray, np.dtype,
+                          (_history_getattr, 'builtins.getattr')]
+    # Files written with numpy 1 and numpy 2 name the same two functions differently.
+    for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
+        allowed += [(numpy_core.multiarray._reconstruct, f'{module}._reconstruct'),
+                    (numpy_core.multiarray.scalar, f'{module}.scalar')]
+    # Unpickling a dtype checks its class as well.
+    allowed += [type(np.dtype(name)) for name in
+                ('?', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'f2', 'f4', 'f8')]
+    torch.serialization.add_safe_globals(allowed)
+
+
+def _history_getattr(obj: Any, name: str) -> Callable:
+    if obj is HistoryBuffer and name in _STATISTICS:
+        return _STATISTICS[name]
+    raise ValueError(f'a checkpoint must not ask for getattr({obj!r}, {name!r}): only '
+                     f'{list(_STATISTICS)} of HistoryBuffer are allowed')
+
+
+# mmengine's launcher for torchrun calls torch.cuda.set_device whatever the backend, which fails
+# without CUDA. A process group made at import would get round that but surprise everyone else.
+
+def patch_pytorch_launcher() -> None:
+    """Lets mmengine's ``pytorch`` launcher start on machines without any accelerator.
+
+    There it initialises gloo (or another backend that was asked for and runs on CPUs); on other
+    machines mmengine's own function runs untouched.
+    """
+    original = getattr(dist_utils, '_init_dist_pytorch', None)
+    if original is None or getattr(original, 'starts_on_cpu', False):
+        return
+
+    @functools.wraps(original)
+    def init_dist(backend: str, init_backend: str = 'torch', **kwargs: Any) -> None:
+        if has_accelerator() or init_backend != 'torch':
+            original(backend, init_backend=init_backend, **kwargs)
+        else:
+            backend = 'gloo' if backend in _ACCELERATOR_BACKENDS else backend
+            torch.distributed.init_process_group(backend=backend, **kwargs)
+
+    init_dist.starts_on_cpu = True
+    dist_utils._init_dist_pytorch = init_dist
+
+
+def prepare_cpu_ddp_(cfg: Config) -> None:
+    """Edits a config so that a distributed run works on CPUs; elsewhere it is left alone.
+
+    mmengine hands a device id to DistributedDataParallel, which refuses it for a model on the
+    CPU, and reverts synchronised batch norms, which exist on GPUs only, in runs of one process
+    but not in distributed ones.
+
+    Args:
+        cfg: A config whose ``launcher`` is set. A ``model_wrapper_cfg`` of its own is kept.
+    """
+    if cfg.get('launcher', 'none') == 'none' or has_accelerator():
+        return
+    wrapper = cfg.get('model_wrapper_cfg')
+    if wrapper is None:
+        cfg.model_wrapper_cfg = dict(
+            type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False,
+            # mmengine ignores the top-level setting as soon as there is a wrapper config.
+            find_unused_parameters=cfg.get('find_unused_parameters', False))
+    elif wrapper.get('type', 'MMDistributedDataParallel') == 'MMDistributedDataParallel':
+        wrapper.setdefault('device_ids', None)
+    reverted = 0
+    for layer in _dicts(cfg.get('model')):
+        if layer.get('type') in ('SyncBN', 'MMSyncBN', torch.nn.SyncBatchNorm):
+            layer['type'] = 'BN'
+            reverted += 1
+    if cfg.get('sync_bn'):
+        cfg.sync_bn = None
+        reverted += 1
+    if reverted:
+        print_log('Synchronised batch norms need GPUs: on CPUs they become plain ones, with the '
+                  'statistics of each process', logger='current', level=logging.WARNING)
+
+
+def _dicts(node: Any) -> Iterator[dict]:
+    """All dicts inside nested dicts, lists and tuples."""
+    if isinstance(node, dict):
+        yield node
+        node = list(node.values())
+    if isinstance(node, (list, tuple)):
+        for child in node:
+            yield from _dicts(child)

@@ -1,0 +1,5 @@
+"""Hooks for mmengine's Runner; ``kw_mm.registration`` registers them."""
+from .random_state import RandomStateHook
+from .temperature import KWTemperatureHook
+
+__all__ = ['KWTemperatureHook', 'RandomStateHook']

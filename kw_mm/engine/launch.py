@@ -1,0 +1,190 @@
+"""What the options of ``tools/train.py`` and ``tools/test.py`` change in a config.
+
+Detection and segmentation configs are told apart by ``default_scope``.
+"""
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner, find_latest_checkpoint
+
+from ..compat import has_accelerator, prepare_cpu_ddp_
+from .checkpoint import check_checkpoint
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what train and test have in common."""
+    parser.add_argument('--work-dir', help='where to write; default: work_dirs/<config name>')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+                        help='settings that replace those of the config, e.g. '
+                        'train_dataloader.batch_size=4; lists as "[1,2]" or 1,2')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
+                        help='how the processes of a distributed run were started')
+    # Old launchers pass it; torch.distributed.run sets the environment variable.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0,
+                        help=argparse.SUPPRESS)
+
+
+def config_path(path: str) -> str:
+    """For argparse: the path of a config that exists."""
+    if not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f'config {path!r} does not exist')
+    return path
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Reads the config and applies the common options to it."""
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = Config.fromfile(args.config)
+    cfg.launcher = args.launcher
+    if args.cfg_options:
+        cfg.merge_from_dict(args.cfg_options)
+    if args.work_dir:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = str(Path('work_dirs') / Path(args.config).stem)
+    prepare_cpu_ddp_(cfg)
+    return cfg
+
+
+def build_runner(cfg: Config) -> Any:
+    """The runner that the config asks for."""
+    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+def enable_amp_(cfg: Config) -> None:
+    """Sets automatic mixed precision (``--amp``).
+
+    Raises:
+        ValueError: If there is no accelerator to run it on, or the config has an optimizer
+            wrapper of another kind.
+    """
+    if not has_accelerator():
+        raise ValueError('--amp needs a GPU or another accelerator, and mmengine found none')
+    wrapper = cfg.optim_wrapper.get('type', 'OptimWrapper')
+    # Pure python configs name the class itself.
+    wrapper = getattr(wrapper, '__name__', wrapper)
+    if wrapper == 'AmpOptimWrapper':
+        return
+    if wrapper != 'OptimWrapper':
+        raise ValueError("--amp needs optim_wrapper.type to be 'OptimWrapper', which it replaces, "
+                         f'got {wrapper!r}')
+    cfg.optim_wrapper.type = 'AmpOptimWrapper'
+    cfg.optim_wrapper.loss_scale = 'dynamic'
+
+
+def enable_auto_scale_lr_(cfg: Config) -> None:
+    """Scales the learning rate with the total batch size (``--auto-scale-lr``).
+
+    Raises:
+        ValueError: If the config does not tell the batch size its learning rate is meant for.
+    """
+    if not (cfg.get('auto_scale_lr') or {}).get('base_batch_size'):
+        raise ValueError('--auto-scale-lr needs auto_scale_lr.base_batch_size in the config, the '
+                         'total batch size its learning rate is meant for, got auto_scale_lr='
+                         f'{cfg.get("auto_scale_lr")!r}')
+    cfg.auto_scale_lr.enable = True
+
+
+def set_resume_(cfg: Config, resume: str) -> None:
+    """Resumes from a checkpoint, or with ``'auto'`` from the last in the work directory, if any.
+
+    Raises:
+        FileNotFoundError: If the checkpoint does not exist.
+        ValueError: If it cannot be resumed from.
+    """
+    cfg.resume = True
+    cfg.load_from = None if resume == 'auto' else resume
+    checkpoint = cfg.load_from or find_latest_checkpoint(cfg.work_dir)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, resume=True)
+
+
+def enable_drawing_(cfg: Config, show: bool, show_dir: str | None, wait_time: float) -> None:
+    """Draws predictions (``--show``, ``--show-dir``).
+
+    Raises:
+        ValueError: If the config has no visualization hook or no visualizer.
+    """
+    hook = (cfg.get('default_hooks') or {}).get('visualization')
+    if hook is None or cfg.get('visualizer') is None:
+        raise ValueError('--show and --show-dir need default_hooks.visualization and visualizer '
+                         f'in the config, got {hook!r} and {cfg.get("visualizer")!r}')
+    hook.draw = True
+    if show:
+        hook.show = True
+        hook.wait_time = wait_time
+    if show_dir:
+        if cfg.get('default_scope') == 'mmdet':
+            hook.test_out_dir = show_dir
+        else:
+            cfg.visualizer.save_dir = show_dir
+
+
+def set_output_(cfg: Config, out: str) -> None:
+    """Keeps predictions (``--out``): a pickle file of detections, a folder of segmentations.
+
+    Raises:
+        ValueError: If the file name of detections does not end in ``.pkl`` or ``.pickle``, or the
+            scope is neither.
+    """
+    scope = cfg.get('default_scope')
+    if scope == 'mmdet':
+        if not out.endswith(('.pkl', '.pickle')):
+            raise ValueError(f'--out must be a .pkl or .pickle file for detections, got {out!r}')
+        metrics = cfg.test_evaluator
+        dump = dict(type='DumpDetResults', out_file_path=out)
+        cfg.test_evaluator = [*(metrics if isinstance(metrics, list) else [metrics]), dump]
+    elif scope == 'mmseg':
+        metrics = cfg.test_evaluator
+        for metric in metrics if isinstance(metrics, list) else [metrics]:
+            metric.output_dir = out
+            metric.keep_results = True
+    else:
+        raise ValueError(f"--out needs default_scope 'mmdet' or 'mmseg', got {scope!r}")
+
+
+def enable_tta_(cfg: Config) -> None:
+    """Tests with augmentation (``--tta``): as the config says, else flipped, for detectors.
+
+    Raises:
+        ValueError: If there is neither a ``tta_pipeline`` nor a default for it, or the model
+            predicts masks of instances.
+    """
+    scope = cfg.get('default_scope')
+    if scope not in ('mmdet', 'mmseg'):
+        raise ValueError(f"--tta needs default_scope 'mmdet' or 'mmseg', got {scope!r}")
+    if scope == 'mmdet' and (cfg.model.get('roi_head') or {}).get('mask_head'):
+        raise ValueError('--tta needs a model without masks, which MMDetection cannot merge; to '
+                         'test its boxes add --cfg-options model.roi_head.mask_head=None '
+                         'test_evaluator.metric=bbox')
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    if 'tta_pipeline' not in cfg:
+        if scope != 'mmdet':
+            raise ValueError('--tta needs tta_pipeline in a segmentation config, a pipeline with '
+                             'a TestTimeAug in it')
+        cfg.tta_pipeline = _flip_pipeline(dataset.pipeline)
+    if 'tta_model' not in cfg:
+        cfg.tta_model = (dict(type='SegTTAModel') if scope == 'mmseg' else dict(
+            type='DetTTAModel',
+            tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)))
+    dataset.pipeline = cfg.tta_pipeline
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+
+
+def _flip_pipeline(pipeline: list) -> list:
+    """A detector's test pipeline whose packing sees each image twice, flipped and not."""
+    meta_keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip',
+                 'flip_direction')
+    flips = [dict(type='RandomFlip', prob=prob) for prob in (1.0, 0.0)]
+    pack = dict(type='PackDetInputs', meta_keys=meta_keys)
+    return [*copy.deepcopy(pipeline[:-1]),
+            dict(type='TestTimeAug', transforms=[flips, [pack]])]

@@ -1,0 +1,219 @@
+"""RandomStateHook: killed and resumed runs against one that ran through, to the bit."""
+import contextlib
+import itertools
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from mmengine.dataset import DefaultSampler, InfiniteSampler
+from mmengine.evaluator import BaseMetric
+from mmengine.hooks import Hook
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
+from torch import nn
+
+import kw_mm  # noqa: F401  (registers the hook)
+from kw_mm.engine.hooks.random_state import get_random_state, set_random_state
+
+NAMES = (f'random{i}' for i in itertools.count())
+SAMPLES, BATCH, EPOCHS = 8, 2, 4
+HOOK = dict(type='RandomStateHook')
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    """Spares each Runner questions to compilers and git, a pause, and threads for tiny tensors."""
+    monkeypatch.setattr(Runner, '_log_env', lambda *args: None)
+    for module in ('runner.runner', 'hooks.runtime_info_hook'):
+        monkeypatch.setattr(f'mmengine.{module}.get_git_hash', lambda: '')
+    monkeypatch.setattr('mmengine.runner.loops.time', SimpleNamespace(sleep=lambda seconds: None))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Noisy:
+    """Samples with augmentation from all three generators that transforms use."""
+
+    def __len__(self):
+        return SAMPLES
+
+    def __getitem__(self, index):
+        noise = random.random() + np.random.rand() + torch.rand(())
+        return dict(inputs=torch.arange(4.) + index + noise)
+
+
+class Net(BaseModel):
+    """Notes its losses; draws random numbers in evaluation too, as some heads do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(),
+                                    nn.Linear(8, 1))
+        self.losses = []
+
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        y = self.layers(torch.stack(inputs))
+        if mode == 'loss':
+            loss = y.square().mean()
+            self.losses.append(loss.item())
+            return dict(loss=loss)
+        random.random(), np.random.rand(), torch.rand(3)
+        return [y]
+
+
+class Score(BaseMetric):
+    """Better with each epoch, so that ``save_best`` writes during validation."""
+
+    def process(self, data_batch, data_samples):
+        self.results.append(1)
+
+    def compute_metrics(self, results):
+        Score.value += 1
+        return dict(score=Score.value)
+
+
+class Kill(Hook):
+    """Ends a run before one of its iterations."""
+
+    def __init__(self, before_iter):
+        self.before_iter = before_iter
+
+    def before_train_iter(self, runner, *args, **kwargs):
+        if runner.iter == self.before_iter:
+            raise KeyboardInterrupt
+
+
+def run(work_dir, *hooks, by_epoch=True, validate=True, workers=0, seed=0, sampler=DefaultSampler,
+        epochs=EPOCHS, save_best=None, **kwargs):
+    """Trains and returns the losses by iteration, up to the end or a kill."""
+    Score.value = 0
+    total = epochs * SAMPLES // BATCH
+    train_cfg = (dict(by_epoch=True, max_epochs=epochs, val_interval=1) if by_epoch
+                 else dict(by_epoch=False, max_iters=total, val_interval=3))
+
+    def loader(sampler):
+        return dict(dataset=Noisy(), batch_size=BATCH, num_workers=workers,
+                    sampler=dict(type=sampler, shuffle=True))
+
+    if validate:
+        kwargs.update(val_dataloader=loader(DefaultSampler), val_cfg=dict(),
+                      val_evaluator=[Score()])
+    runner = Runner(
+        dict(type=Net), str(work_dir), train_dataloader=loader(sampler), train_cfg=train_cfg,
+        optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.01)),
+        param_scheduler=dict(type='LinearLR', start_factor=0.1, end=total, by_epoch=False),
+        default_hooks=dict(logger=dict(type='LoggerHook', interval=1), checkpoint=dict(
+            type='CheckpointHook', by_epoch=by_epoch, interval=1 if by_epoch else 5,
+            save_best=save_best, rule='greater' if save_best else None)),
+        custom_hooks=list(hooks), log_processor=dict(by_epoch=by_epoch),
+        randomness=dict(seed=seed), experiment_name=next(NAMES), **kwargs)
+    with contextlib.suppress(KeyboardInterrupt):
+        runner.train()
+    first = runner.iter - len(runner.model.losses)
+    return dict(enumerate(runner.model.losses, first))
+
+
+def kill_and_resume(work_dir, before_iter, *hooks, resumed_hooks=None, **kwargs):
+    """Losses of a run killed before an iteration, and of its resumption."""
+    killed = run(work_dir, *hooks, Kill(before_iter), **kwargs)
+    assert max(killed) == before_iter - 1
+    resumed_hooks = hooks if resumed_hooks is None else resumed_hooks
+    return killed, run(work_dir, *resumed_hooks, resume=True, **kwargs)
+
+
+def same(whole, *parts):
+    return all(part[i] == whole[i] for part in parts for i in part)
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(), dict(validate=False), dict(save_best='score'),
+    dict(workers=1, epochs=3, validate=False),
+], ids=str)
+def test_killed_in_mid_epoch(tmp_path, kwargs):
+    whole = run(tmp_path / 'whole', HOOK, **kwargs)
+    killed, resumed = kill_and_resume(tmp_path / 'parts', 10, HOOK, **kwargs)
+    assert list(resumed)[0] == 8  # the end of the last complete epoch
+    assert same(whole, killed, resumed)
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(sampler=InfiniteSampler), dict(sampler=DefaultSampler),
+    dict(sampler=InfiniteSampler, save_best='score'),
+    # Slow because torch waits for abandoned workers.
+    pytest.param(dict(sampler=InfiniteSampler, workers=1, validate=False),
+                 marks=pytest.mark.slow),
+], ids=str)
+def test_iteration_based_loop(tmp_path, kwargs):
+    whole = run(tmp_path / 'whole', HOOK, by_epoch=False, **kwargs)
+    killed, resumed = kill_and_resume(tmp_path / 'parts', 12, HOOK, by_epoch=False, **kwargs)
+    assert list(resumed)[0] in (10, 12)  # the last checkpoint: 10, or the best
+    assert same(whole, killed, resumed)
+
+
+@pytest.mark.parametrize('by_epoch', [True, False])
+def test_control_without_the_hook(tmp_path, by_epoch):
+    whole = run(tmp_path / 'whole', by_epoch=by_epoch)
+    killed, resumed = kill_and_resume(tmp_path / 'parts', 10, by_epoch=by_epoch)
+    assert same(whole, killed) and not same(whole, resumed)
+
+
+def test_training_does_not_depend_on_validation(tmp_path):
+    whole = run(tmp_path / 'with', HOOK)
+    assert run(tmp_path / 'without', HOOK, validate=False) == whole
+    assert run(tmp_path / 'with_unhooked') != run(tmp_path / 'without_unhooked', validate=False)
+
+
+# mmengine builds the data loader with a new seed before it reads that of the checkpoint.
+def test_seed_that_mmengine_drew(tmp_path):
+    np.random.seed(1)
+    whole = run(tmp_path / 'whole', HOOK, seed=None)
+    np.random.seed(1)
+    killed = run(tmp_path / 'parts', HOOK, Kill(10), seed=None)
+    np.random.seed(2)
+    resumed = run(tmp_path / 'parts', HOOK, seed=None, resume=True)
+    assert same(whole, killed, resumed)
+
+
+def test_load_from_takes_nothing_over(tmp_path):
+    run(tmp_path / 'old', HOOK, epochs=1)
+    load_from = str(tmp_path / 'old' / 'epoch_1.pth')
+    assert run(tmp_path / 'a', HOOK, load_from=load_from) == run(
+        tmp_path / 'b', load_from=load_from, validate=False)
+
+
+def test_checkpoint_without_states(tmp_path):
+    kill_and_resume(tmp_path, 10, resumed_hooks=[HOOK])
+    assert 'it has none: the run goes on' in logs(tmp_path)
+
+
+def test_another_number_of_processes(tmp_path):
+    run(tmp_path, HOOK, Kill(10))
+    path = tmp_path / 'epoch_2.pth'
+    checkpoint = torch.load(path)
+    checkpoint['random_states']['processes'] *= 2
+    torch.save(checkpoint, path)
+    assert list(run(tmp_path, HOOK, resume=True)) == list(range(8, 16))
+    assert 'it has those of 2 processes, this run 1' in logs(tmp_path)
+
+
+def logs(work_dir):
+    return ''.join(path.read_text() for path in work_dir.rglob('*.log'))
+
+
+def test_states_are_plain_values(tmp_path):
+    np.random.randn()
+    random.gauss(0, 1)
+    torch.save(get_random_state(), tmp_path / 'state.pth')
+
+    def draw():
+        return (random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(),
+                torch.rand(()).item())
+
+    first = draw()
+    assert draw() != first
+    set_random_state(torch.load(tmp_path / 'state.pth', weights_only=True))
+    assert draw() == first

@@ -1,0 +1,276 @@
+"""Checkpoints under ``weights_only``, and distributed runs on CPUs."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.dist import utils as dist_utils
+from mmengine.logging import HistoryBuffer
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
+from torch import nn
+
+import kw_mm  # noqa: F401  (applies the patches)
+from kw_mm import compat
+from kw_mm.engine.checkpoint import check_checkpoint
+
+ROOT = Path(__file__).parents[1]
+
+# torch.load builds tensors and containers only since then.
+needs_allow_list = pytest.mark.skipif(torch.__version__ < (2, 6), reason='no allow list')
+
+
+def python(code, *args):
+    """Runs code in a fresh process."""
+    return subprocess.run(
+        [sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True,
+        env=dict(os.environ, PYTHONPATH=str(ROOT)))
+
+
+class Getattr:
+    """Pickled as the call ``getattr(obj, name)``."""
+
+    def __init__(self, obj, name):
+        self.call = getattr, (obj, name)
+
+    def __reduce__(self):
+        return self.call
+
+
+class Exploit:
+    """Reaches ``eval`` through getattr, and calls it through a function torch always allows."""
+
+    def __init__(self, code):
+        builtins = Getattr(getattr, '__self__')
+        self.call = torch._tensor._rebuild_from_type_v2, (
+            Getattr(builtins, 'eval'), torch.Tensor, (code,), None)
+
+    def __reduce__(self):
+        return self.call
+
+
+@needs_allow_list
+def test_malicious_checkpoint_runs_no_code(tmp_path):
+    path, marker = tmp_path / 'evil.pth', tmp_path / 'executed'
+    torch.save(dict(state_dict=Exploit(f'open({str(marker)!r}, "w").close()')), path)
+
+    with pytest.raises(ValueError, match="must not ask for getattr.*'__self__'"):
+        torch.load(path, weights_only=True)
+    with pytest.raises(ValueError, match='evil.pth.* is refused'):
+        check_checkpoint(str(path))
+    assert not marker.exists()
+
+    # The file is no dud: it does run where getattr itself is allowed, as torch's error advises.
+    advised = python('import sys, torch; torch.serialization.add_safe_globals([getattr]); '
+                     'torch.load(sys.argv[1], weights_only=True)', path)
+    assert marker.exists(), advised.stderr
+
+
+@needs_allow_list
+@pytest.mark.parametrize('obj, name', [
+    (HistoryBuffer, '__init__'), (HistoryBuffer, '__subclasses__'), (HistoryBuffer, '__globals__'),
+    (HistoryBuffer.mean, '__globals__'), (np.ndarray, 'tofile'), (getattr, '__self__')])
+def test_getattr_of_anything_else_is_refused(tmp_path, obj, name):
+    torch.save(Getattr(obj, name), tmp_path / 'file.pth')
+    with pytest.raises(Exception, match='must not ask|Unsupported global'):
+        torch.load(tmp_path / 'file.pth', weights_only=True)
+
+
+class Net(BaseModel):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+
+    def forward(self, inputs, data_samples=None, mode='loss'):
+        return dict(loss=self.layer(torch.stack(inputs)).square().mean())
+
+
+def train(work_dir, monkeypatch, **kwargs):
+    monkeypatch.setattr(Runner, '_log_env', lambda *args: None)  # a second of other programs
+    data = [dict(inputs=torch.rand(2)) for _ in range(4)]
+    runner = Runner(
+        dict(type=Net), str(work_dir),
+        train_dataloader=dict(dataset=data, batch_size=2, sampler=dict(type='DefaultSampler')),
+        train_cfg=dict(by_epoch=True, max_epochs=1), param_scheduler=dict(type='LinearLR', end=4),
+        optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.01)),
+        default_hooks=dict(logger=dict(type='LoggerHook', interval=1)),
+        experiment_name=str(work_dir).replace('/', '_'), **kwargs)
+    runner.message_hub.update_info('best_score', np.float32(0.5))  # as mmseg's metrics do
+    runner.train()
+    return runner
+
+
+def plain(value):
+    """A checkpoint in terms that compare with ==."""
+    if isinstance(value, dict):
+        return {key: plain(child) for key, child in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(child) for child in value]
+    if isinstance(value, HistoryBuffer):
+        return plain(value.data), plain(value.max_length), sorted(value._statistics_methods)
+    return value.tolist() if isinstance(value, (torch.Tensor, np.ndarray)) else value
+
+
+@needs_allow_list
+def test_checkpoint_of_mmengine_loads_whole(tmp_path, monkeypatch):
+    train(tmp_path, monkeypatch, custom_hooks=[dict(type='EMAHook')])
+    path = tmp_path / 'epoch_1.pth'
+    safe, full = (torch.load(path, weights_only=only) for only in (True, False))
+    assert plain(safe) == plain(full)
+    assert safe['message_hub']['log_scalars']['train/loss'].mean() > 0
+    assert type(safe['message_hub']['runtime_info']['best_score']) is np.float32
+    check_checkpoint(str(path), resume=True)
+    # It is the allow list that does it.
+    unaided = python('import sys, torch, mmengine; torch.load(sys.argv[1])', path)
+    assert 'Unsupported global' in unaided.stderr
+
+
+@needs_allow_list
+@pytest.mark.parametrize('module', ['numpy.core.multiarray', 'numpy._core.multiarray'])
+@pytest.mark.parametrize('dtype', ['?', 'i1', 'u2', 'i4', 'i8', 'f2', 'f4', 'f8'])
+def test_arrays_of_numpy_1_and_2(tmp_path, module, dtype):
+    array = np.arange(3).astype(dtype)
+    path = tmp_path / 'file.pth'
+    # The old format, whose pickle is in the open.
+    torch.save([array, array[1]], path, _use_new_zipfile_serialization=False)
+    written = np._core.multiarray.__name__ if hasattr(np, '_core') else np.core.multiarray.__name__
+    path.write_bytes(path.read_bytes().replace(written.encode(), module.encode()))
+    first, second = torch.load(path, weights_only=True)
+    assert first.dtype == second.dtype == array.dtype
+    assert first.tolist() == array.tolist() and second == array[1]
+
+
+def test_apply_again_changes_nothing():
+    patched = dist_utils._init_dist_pytorch
+    compat.apply()
+    assert dist_utils._init_dist_pytorch is patched
+
+
+def test_launcher_leaves_accelerators_to_mmengine(monkeypatch):
+    calls = []
+    monkeypatch.setattr(compat, 'has_accelerator', lambda: True)
+    monkeypatch.setattr(dist_utils, '_init_dist_pytorch',
+                        lambda *args, **kwargs: calls.append((args, kwargs)))
+    compat.patch_pytorch_launcher()
+    dist_utils.init_dist('pytorch', timeout=60)
+    assert len(calls) == 1 and calls[0][0] == ('nccl',)
+
+
+def test_launcher_without_the_function_it_patches(monkeypatch):
+    monkeypatch.delattr(dist_utils, '_init_dist_pytorch')
+    compat.patch_pytorch_launcher()
+    assert not hasattr(dist_utils, '_init_dist_pytorch')
+
+
+@pytest.fixture
+def cpu(monkeypatch):
+    monkeypatch.setattr(compat, 'has_accelerator', lambda: False)
+
+
+def prepared(**cfg):
+    cfg = Config(dict(dict(launcher='pytorch'), **cfg))
+    compat.prepare_cpu_ddp_(cfg)
+    return cfg
+
+
+def test_wrapper_config(cpu):
+    expected = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
+    assert prepared().model_wrapper_cfg == dict(expected, find_unused_parameters=False)
+    cfg = prepared(find_unused_parameters=True)
+    assert cfg.model_wrapper_cfg == dict(expected, find_unused_parameters=True)
+
+
+def test_own_wrapper_config_is_kept(cpu):
+    own = dict(find_unused_parameters=True, broadcast_buffers=True)
+    assert prepared(model_wrapper_cfg=own).model_wrapper_cfg == dict(own, device_ids=None)
+    own = dict(type='MMFullyShardedDataParallel')
+    assert prepared(model_wrapper_cfg=own).model_wrapper_cfg == own
+
+
+def test_synchronised_batch_norms_are_reverted(cpu):
+    cfg = prepared(sync_bn='torch', model=dict(
+        backbone=dict(norm_cfg=dict(type='SyncBN', requires_grad=True)),
+        heads=[dict(norm_cfg=dict(type='GN')), dict(norm_cfg=dict(type='MMSyncBN'))]))
+    assert cfg.model.backbone.norm_cfg == dict(type='BN', requires_grad=True)
+    assert [head.norm_cfg.type for head in cfg.model.heads] == ['GN', 'BN']
+    assert cfg.sync_bn is None
+
+
+@pytest.mark.parametrize('launcher, accelerator', [('none', False), ('pytorch', True)])
+def test_config_is_left_alone_elsewhere(monkeypatch, launcher, accelerator):
+    monkeypatch.setattr(compat, 'has_accelerator', lambda: accelerator)
+    cfg = dict(launcher=launcher, model=dict(norm_cfg=dict(type='SyncBN')))
+    assert prepared(**cfg).to_dict() == cfg
+
+
+DISTRIBUTED = """
+import sys
+import torch
+from mmengine.config import Config
+from mmengine.dist import all_gather_object
+from mmengine.model import BaseModel
+from mmengine.registry import DATASETS, MODELS
+from mmengine.runner import Runner
+import kw_mm
+from kw_mm.compat import prepare_cpu_ddp_
+
+@DATASETS.register_module()
+class Data(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return dict(inputs=torch.ones(2) * index)
+
+@MODELS.register_module()
+class Net(BaseModel):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+        self.unused = torch.nn.Linear(1, 1)
+
+    def forward(self, inputs, data_samples=None, mode='loss'):
+        x = torch.stack(inputs)
+        return dict(loss=self.layer(x + torch.rand(x.shape)).square().mean())
+
+Runner._log_env = lambda *args: None
+# Importing must not make a process group.
+assert not torch.distributed.is_initialized()
+cfg = Config(dict(
+    launcher='pytorch', env_cfg=dict(dist_cfg=dict(backend='nccl')), work_dir=sys.argv[1],
+    model=dict(type='Net'), find_unused_parameters=True,
+    train_dataloader=dict(dataset=dict(type='Data'), batch_size=1,
+                          sampler=dict(type='DefaultSampler')),
+    train_cfg=dict(by_epoch=True, max_epochs=2), default_scope='mmengine',
+    optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
+    randomness=dict(seed=0, diff_rank_seed=True), custom_hooks=[dict(type='RandomStateHook')]))
+prepare_cpu_ddp_(cfg)
+
+def train(**kwargs):
+    runner = Runner.from_cfg(Config(dict(cfg.to_dict(), **kwargs)))
+    model = runner.train()
+    assert torch.distributed.get_backend() == 'gloo'
+    return all_gather_object((model.module.layer.weight.tolist(), torch.rand(()).item()))
+
+whole = train(experiment_name='whole')
+assert whole[0][0] == whole[1][0] and whole[0][1] != whole[1][1]
+resumed = train(experiment_name='resumed', resume=True, load_from=sys.argv[1] + '/epoch_1.pth')
+# The weights follow from the noise of both processes, so that both states were resumed.
+assert resumed == whole, (resumed, whole)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(compat.has_accelerator(), reason='for machines without accelerator')
+def test_two_processes_train_and_resume_on_cpus(tmp_path):
+    script = tmp_path / 'train.py'
+    script.write_text(DISTRIBUTED)
+    done = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone',
+         str(script), str(tmp_path / 'work')], capture_output=True, text=True,
+        env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'))
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -1,0 +1,43 @@
+"""Trains a detector or segmentor from a config."""
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import kw_mm  # noqa: F401  (registers everything, for configs without custom_imports too)
+from kw_mm.engine import launch
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', type=launch.config_path, help='path of the config')
+    parser.add_argument('--amp', action='store_true', help='train in automatic mixed precision')
+    parser.add_argument('--auto-scale-lr', action='store_true',
+                        help='scale the learning rate with the total batch size')
+    parser.add_argument('--resume', nargs='?', const='auto', metavar='PATH',
+                        help='go on from a checkpoint; without a path from the last one in the '
+                        'work directory')
+    launch.add_common_options(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    cfg = launch.load_config(args)
+    try:
+        if args.amp:
+            launch.enable_amp_(cfg)
+        if args.auto_scale_lr:
+            launch.enable_auto_scale_lr_(cfg)
+        if args.resume:
+            launch.set_resume_(cfg, args.resume)
+        elif cfg.get('load_from'):
+            launch.check_checkpoint(cfg.load_from, resume=cfg.get('resume', False))
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
+    launch.build_runner(cfg).train()
+
+
+if __name__ == '__main__':
+    main()
