@@ -27,8 +27,10 @@ def test_progress_counts_files_and_estimates(build_mmcv) -> None:
     # Nothing is done yet: 800 s of one core are 400 s of two.
     assert progress.line(130) == 'mmcv: 0 of ? files compiled, 30 s, about 6 min 30 s to go'
     progress.read('  [20/80] c++ -MMD -c nms.cpp\n', now=220)
-    # 20 files in 100 s leave 300 s for the other 60.
+    # 20 files in 100 s, and by the guess 8 more in 40 s: 5 s for each of the other 60.
     assert progress.line(220) == 'mmcv: 20 of 80 files compiled, 2 min 00 s, about 5 min 00 s to go'
+    # Thrice as slow from the start: (300 + 40) / 28 s for each.
+    assert progress.line(420).endswith('about 12 min 09 s to go')
 
 
 def test_progress_without_a_sign_of_the_end(build_mmcv) -> None:

@@ -14,20 +14,22 @@ from .textures import draw_background, draw_clutter, paint
 SPLITS = ('train', 'val')
 MIN_SIDE = 32
 CROWD_SHARE = 0.12
-NUM_OBJECTS = (2, 6)
+NUM_OBJECTS = (3, 6)
 
 # An object keeps at least this share of itself in the frame, and of that under later objects.
 # A placement that would break the rule is drawn again elsewhere: whatever is in the image is
 # also in the annotations, and no annotation is of a shape nobody could name.
 MIN_IN_FRAME = 0.65
-MIN_VISIBLE = 0.5
+MIN_VISIBLE = 0.7
 MIN_PIXELS = 24
 
 # Circumscribed diameters for a short side of 128 and how often each range is drawn. They grow
 # with the image, but never fall below MIN_DIAMETER, where classes are no longer told apart.
-DIAMETERS = ((13, 19), (20, 48), (54, 92))
-DIAMETER_SHARES = (0.16, 0.64, 0.20)
+DIAMETERS = ((14, 20), (28, 52), (56, 88))
+DIAMETER_SHARES = (0.12, 0.70, 0.18)
 MIN_DIAMETER = 12
+# How far shapes are turned from upright, in either direction.
+MAX_TURN = math.radians(15)
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def draw_scene(seed: int, split: str, index: int,
     image = cv2.GaussianBlur(image, (3, 3), sigma)
     # Of brightness alone, which a camera's mostly is.
     noise = rng.standard_normal((height, width, 1), dtype=np.float32)
-    noise *= np.float32(rng.uniform(2, 12))
+    noise *= np.float32(rng.uniform(1, 8))
     image += noise
     return np.clip(image, 0, 255, out=image).astype(np.uint8), scene.instances()
 
@@ -260,8 +262,8 @@ def _place(
         Window and mask, or ``(None, None)`` if too little of the shape is in the frame.
     """
     height, width = shape
-    angle = rng.uniform(0, 2 * math.pi)
-    aspect = rng.uniform(0.82, 1)
+    angle = rng.uniform(-MAX_TURN, MAX_TURN)
+    aspect = rng.uniform(0.85, 1)
     form = rng.random()
     margin = inset * diameter
     if centre is None:

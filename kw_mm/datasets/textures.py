@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 
 # A shape's mean colour differs from what lies beneath by at least this, summed over channels.
-MIN_CONTRAST = 130
+MIN_CONTRAST = 180
 
 
 def draw_background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
@@ -15,12 +15,12 @@ def draw_background(rng: np.random.Generator, width: int, height: int) -> np.nda
     colour = rng.uniform(40, 215, 3).astype(np.float32)
     # A few random numbers, enlarged smoothly, are slope and spots in one.
     cells = int(rng.integers(2, 8))
-    spots = rng.normal(0, rng.uniform(6, 20), (cells, cells, 3)).astype(np.float32)
+    spots = rng.normal(0, rng.uniform(4, 14), (cells, cells, 3)).astype(np.float32)
     image = cv2.resize(spots, (width, height), interpolation=cv2.INTER_CUBIC) + colour
     if rng.random() < 0.5:
         period = rng.uniform(0.05, 0.2) * min(width, height)
         pattern = _pattern(rng, width, height, period)
-        image += (pattern * np.float32(rng.uniform(8, 24)))[..., None]
+        image += (pattern * np.float32(rng.uniform(5, 16)))[..., None]
     return image
 
 
@@ -31,7 +31,7 @@ def draw_clutter(rng: np.random.Generator, image: np.ndarray) -> None:
     """
     height, width = image.shape[:2]
     scale = min(height, width) / 128
-    for _ in range(int(rng.integers(0, 5))):
+    for _ in range(int(rng.integers(0, 4))):
         colour = tuple(float(c) for c in rng.uniform(20, 235, 3))
         centre = rng.uniform(0, (width, height))
         kind = rng.integers(3)
@@ -67,7 +67,8 @@ def paint(rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray) -> Non
     colour = colours[enough[0] if len(enough) else contrast.argmax()].astype(np.float32)
 
     height, width = mask.shape
-    texture = rng.integers(5)
+    # None as often as all others together: plain, slope, grain, pattern.
+    texture = rng.choice(4, p=(0.5, 0.2, 0.15, 0.15))
     if texture == 0:
         value = np.zeros((height, width), np.float32)
     elif texture == 1:
@@ -78,7 +79,7 @@ def paint(rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray) -> Non
         period = max(4, rng.uniform(0.15, 0.4) * min(height, width))
         value = _pattern(rng, width, height, period)
     # Textures vary a colour around its mean, so the contrast above holds.
-    tint = rng.uniform(-45, 45, 3).astype(np.float32)
+    tint = rng.uniform(-35, 35, 3).astype(np.float32)
     canvas[mask] = colour + value[mask, None] * tint
 
     if rng.random() < 0.4:

@@ -45,10 +45,17 @@ def _pointwise(x: Tensor, kernel: Tensor, stride: Sequence[int]) -> Tensor:
 
 def _im2col(x: Tensor, kernel: Tensor, stride: Sequence[int], padding: Sequence[int],
             dilation: Sequence[int]) -> Tensor:
-    """2-d, no groups: patches as columns, then one batched matrix product."""
+    """2-d, no groups: one batched matrix product for each position of the kernel, added up.
+
+    Assembly leaves kernels in this order, position before channels, so that neither they nor
+    their gradients, the largest tensors at hand, are copied.
+    """
+    num_samples, out_channels, in_channels = kernel.shape[:3]
+    weights = kernel.flatten(3).permute(0, 3, 1, 2).reshape(-1, out_channels, in_channels)
     columns = F.unfold(x, kernel.shape[3:], dilation, padding, stride)
-    return (kernel.flatten(2) @ columns).unflatten(
-        2, _output_size(x.shape[2:], kernel.shape[3:], stride, padding, dilation))
+    columns = columns.view(num_samples, in_channels, -1, columns.shape[-1]).transpose(1, 2)
+    y = (weights @ columns.flatten(0, 1)).unflatten(0, (num_samples, -1)).sum(1)
+    return y.unflatten(2, _output_size(x.shape[2:], kernel.shape[3:], stride, padding, dilation))
 
 
 def _grouped(x: Tensor, kernel: Tensor, stride: Sequence[int], padding: Sequence[int] | str,

@@ -64,13 +64,12 @@ class Progress:
     """Follows the lines of a build and says how far it is.
 
     Args:
-        jobs: Files compiled at the same time, for the estimate before the first ones are done.
+        jobs: Files compiled at the same time.
         core_seconds: How long one core would compile, a guess.
         now: The time at which the build started, in seconds.
     """
 
     def __init__(self, jobs: int, core_seconds: float, now: float) -> None:
-        self.jobs = jobs
         self.guess = core_seconds / jobs
         self.started = now
         self.compiling_since: float | None = None
@@ -91,11 +90,11 @@ class Progress:
         if self.compiling_since is None:
             return f'mmcv: pip is getting ready, {minutes(elapsed)}'
         spent = now - self.compiling_since
-        # One round of files tells nothing yet about the speed.
-        if self.done > self.jobs:
-            left = spent * (self.total - self.done) / self.done
-        else:
-            left = self.guess - spent
+        left = self.guess - spent
+        if self.total:
+            # The guess counts for a tenth of the files: the first ones alone tell too little.
+            left = ((self.total - self.done) * (spent + self.guess / 10)
+                    / (self.done + self.total / 10))
         files = f'{self.done} of {self.total or "?"} files compiled'
         to_go = f'about {minutes(left)} to go' if left > 0 else 'longer than usual'
         return f'mmcv: {files}, {minutes(elapsed)}, {to_go}'

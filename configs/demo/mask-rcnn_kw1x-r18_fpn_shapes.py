@@ -1,0 +1,56 @@
+# A KW-ResNet18 Mask R-CNN with slim heads, trained from scratch on the generated shapes data set
+# in minutes on two CPU cores.
+_base_ = [
+    'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
+    '../_base_/datasets/shapes_instance.py',
+    '../_base_/runtime.py',
+]
+
+model = dict(
+    backbone=dict(
+        type='KWResNet',
+        depth=18,
+        base_channels=32,
+        frozen_stages=-1,
+        norm_eval=False,
+        kw_cfg=dict(cell_num_ratio=1),
+        init_cfg=None),
+    neck=dict(in_channels=[32, 64, 128, 256], out_channels=64, num_outs=4,
+              norm_cfg=dict(type='BN')),
+    rpn_head=dict(
+        in_channels=64,
+        feat_channels=64,
+        anchor_generator=dict(scales=[4], strides=[4, 8, 16, 32])),
+    # Levels for boxes of this size, not for those of COCO's large images.
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=64, finest_scale=28),
+        bbox_head=dict(in_channels=64, fc_out_channels=256, num_classes=6,
+                       reg_class_agnostic=True),
+        mask_roi_extractor=dict(out_channels=64, finest_scale=28),
+        mask_head=dict(in_channels=64, conv_out_channels=64, num_convs=2, num_classes=6,
+                       class_agnostic=True, norm_cfg=dict(type='GN', num_groups=8))),
+    train_cfg=dict(
+        rpn=dict(sampler=dict(num=64)),
+        rpn_proposal=dict(nms_pre=200, max_per_img=100),
+        rcnn=dict(sampler=dict(num=64))),
+    test_cfg=dict(
+        rpn=dict(nms_pre=200, max_per_img=100),
+        rcnn=dict(max_per_img=30)))
+
+max_epochs = 3
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=1)
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+optim_wrapper = dict(
+    type='OptimWrapper',
+    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
+    paramwise_cfg=dict(norm_decay_mult=0., bias_decay_mult=0.),
+    clip_grad=dict(max_norm=10))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=50),
+    dict(type='CosineAnnealingLR', by_epoch=True, T_max=max_epochs, convert_to_iter_based=True,
+         eta_min=1e-5),
+]
+custom_hooks = [dict(type='RandomStateHook'), dict(type='KWTemperatureHook', iters=200)]
+default_hooks = dict(logger=dict(interval=10), checkpoint=dict(max_keep_ckpts=2))
+randomness = dict(seed=0)

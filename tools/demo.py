@@ -1,0 +1,131 @@
+"""The main job in small: trains and tests a KW Mask R-CNN on the generated shapes data set.
+
+What an earlier call finished is used again: the data set, the trained detector, or the last epoch
+of a training that was interrupted.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import torch
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.runner import Runner, find_latest_checkpoint
+
+from kw_mm.datasets import write_shapes
+from kw_mm.engine.checkpoint import check_checkpoint
+from kw_mm.table import format_table
+
+CONFIG = Path(__file__).parents[1] / 'configs' / 'demo' / 'mask-rcnn_kw1x-r18_fpn_shapes.py'
+NUM_PICTURES = 12
+ZOOM = 4  # labels are unreadable at the size of the images
+TIME_FILE = 'training_seconds.json'
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--config', default=str(CONFIG), help='config to train')
+    parser.add_argument('--data', default='data/shapes', help='folder of the data set')
+    parser.add_argument('--num-train', type=int, default=1600, help='training images')
+    parser.add_argument('--num-val', type=int, default=200, help='validation images')
+    parser.add_argument('--work-dir', default='work_dirs/demo', help='where to write the rest')
+    parser.add_argument('--epochs', type=int, help="epochs to train, instead of the config's")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    print('== 1/4 data set', flush=True)
+    files = write_shapes(args.data, args.num_train, args.num_val, progress=True)
+    print(f'{args.num_train} + {args.num_val} images in {files.root}'
+          f'{"" if files.written else " (were there)"}')
+
+    cfg = load_config(args)
+    runner = Runner.from_cfg(cfg)
+    if cfg.resume:
+        print(f'== 2/4 training, {cfg.train_cfg.max_epochs} epochs; the log has the time left as '
+              'eta', flush=True)
+        train(runner)
+    else:
+        print(f'== 2/4 training: {cfg.load_from} is trained already', flush=True)
+    print('== 3/4 evaluation', flush=True)
+    metrics = runner.test()
+    print('== 4/4 pictures', flush=True)
+    pictures = draw(runner, Path(cfg.work_dir) / 'pictures')
+    print(closing_table(runner, metrics))
+    print(f'\nGround truth (left) and predictions (right): {pictures}')
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """The config, pointed at the data set, resuming whatever is in the work directory."""
+    cfg = Config.fromfile(args.config)
+    cfg.work_dir = args.work_dir
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        loader.dataset.data_root = args.data
+    for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
+        evaluator.ann_file = str(Path(args.data, 'annotations', 'instances_val.json'))
+    if args.epochs:
+        cfg.train_cfg.max_epochs = args.epochs
+    cfg.resume = True
+    latest = find_latest_checkpoint(cfg.work_dir)
+    if latest:
+        check_checkpoint(latest, resume=True)
+        epoch = torch.load(latest, map_location='cpu', mmap=True)['meta']['epoch']
+        if epoch >= cfg.train_cfg.max_epochs:
+            cfg.resume = False
+            cfg.load_from = latest
+    return cfg
+
+
+def train(runner: Runner) -> None:
+    """Trains to the end, from wherever an earlier call got to, and notes the time it took."""
+    record = Path(runner.work_dir, TIME_FILE)
+    resumed = find_latest_checkpoint(runner.work_dir) and record.exists()
+    before = json.loads(record.read_text()) if resumed else 0
+    start = time.perf_counter()
+    runner.train()
+    record.write_text(json.dumps(before + time.perf_counter() - start))
+
+
+def draw(runner: Runner, folder: Path) -> Path:
+    """Draws the first images of the test set: ground truth on the left, predictions right."""
+    dataset = runner.test_dataloader.dataset
+    runner.visualizer.dataset_meta = dataset.metainfo
+    runner.model.eval()
+    for index in range(min(NUM_PICTURES, len(dataset))):
+        with torch.no_grad():
+            sample = runner.model.test_step(pseudo_collate([dataset[index]]))[0].cpu()
+        image = cv2.cvtColor(cv2.imread(sample.img_path), cv2.COLOR_BGR2RGB)
+        height, width = (side * ZOOM for side in image.shape[:2])
+        truth, found = sample.gt_instances, sample.pred_instances
+        truth.bboxes = truth.bboxes * ZOOM
+        truth.masks = truth.masks.resize((height, width))
+        found.bboxes = found.bboxes * ZOOM
+        found.masks = found.masks.repeat_interleave(ZOOM, 1).repeat_interleave(ZOOM, 2)
+        runner.visualizer.add_datasample(
+            'shapes', cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC), sample,
+            pred_score_thr=0.5, out_file=str(folder / f'{Path(sample.img_path).stem}.png'))
+    return folder
+
+
+def closing_table(runner: Runner, metrics: dict[str, float]) -> str:
+    """What came out, in a few lines."""
+    record = Path(runner.work_dir, TIME_FILE)
+    seconds = json.loads(record.read_text()) if record.exists() else float('nan')
+    plan = runner.model.backbone.plan
+    return '\n' + format_table(('KW Mask R-CNN on shapes', ''), [
+        ('box AP (0.50:0.95)', f'{metrics["coco/bbox_mAP"]:.3f}'),
+        ('mask AP (0.50:0.95)', f'{metrics["coco/segm_mAP"]:.3f}'),
+        ('parameters', f'{sum(p.numel() for p in runner.model.parameters()):,}'),
+        ('  in warehouse cells', f'{plan.num_cell_parameters:,}'),
+        ('  in their attention', f'{plan.num_attention_parameters:,}'),
+        ('training time', f'{seconds / 60:.1f} min')], right=(1,))
+
+
+if __name__ == '__main__':
+    main()
