@@ -14,19 +14,19 @@ from .textures import draw_background, draw_clutter, paint
 SPLITS = ('train', 'val')
 MIN_SIDE = 32
 CROWD_SHARE = 0.12
-NUM_OBJECTS = (3, 6)
+NUM_OBJECTS = (2, 5)
 
 # An object keeps at least this share of itself in the frame, and of that under later objects.
 # A placement that would break the rule is drawn again elsewhere: whatever is in the image is
 # also in the annotations, and no annotation is of a shape nobody could name.
 MIN_IN_FRAME = 0.65
-MIN_VISIBLE = 0.7
+MIN_VISIBLE = 0.8
 MIN_PIXELS = 24
 
 # Circumscribed diameters for a short side of 128 and how often each range is drawn. They grow
 # with the image, but never fall below MIN_DIAMETER, where classes are no longer told apart.
-DIAMETERS = ((14, 20), (28, 52), (56, 88))
-DIAMETER_SHARES = (0.12, 0.70, 0.18)
+DIAMETERS = ((16, 24), (32, 58), (60, 88))
+DIAMETER_SHARES = (0.1, 0.72, 0.18)
 MIN_DIAMETER = 12
 # How far shapes are turned from upright, in either direction.
 MAX_TURN = math.radians(15)
@@ -47,26 +47,9 @@ class ShapeInstance:
     iscrowd: bool = False
 
 
-def _star(u: np.ndarray, v: np.ndarray, form: float) -> np.ndarray:
-    # Ten equal sectors, every other one mirrored: in a sector the outline is one straight line
-    # from a tip (radius 1, angle 0) to a notch (radius `notch`, angle pi/5).
-    fifth = 2 * math.pi / 5
-    angle = np.abs((np.arctan2(u, v) + fifth / 2) % fifth - fifth / 2)
-    radius = np.hypot(u, v)
-    notch = 0.38 + 0.1 * form
-    x, y = radius * np.cos(angle), radius * np.sin(angle)
-    notch_x, notch_y = notch * math.cos(fifth / 2), notch * math.sin(fifth / 2)
-    return (x - 1) * notch_y <= y * (notch_x - 1)
-
-
 def _ring(u: np.ndarray, v: np.ndarray, form: float) -> np.ndarray:
     radius = np.hypot(u, v)
     return (radius <= 1) & (radius >= 0.45 + 0.17 * form)
-
-
-def _cross(u: np.ndarray, v: np.ndarray, form: float) -> np.ndarray:
-    u, v = np.abs(u), np.abs(v)
-    return (np.maximum(u, v) <= 0.94) & (np.minimum(u, v) <= 0.22 + 0.11 * form)
 
 
 # Inside or not at (u, v), for a shape that lies in the unit disc; `form` in [0, 1] varies it.
@@ -74,9 +57,7 @@ _OUTLINES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
     'circle': lambda u, v, form: u * u + v * v <= 1,
     'square': lambda u, v, form: np.maximum(np.abs(u), np.abs(v)) <= math.sqrt(0.5),
     'triangle': lambda u, v, form: (v >= -0.5) & (math.sqrt(3) * np.abs(u) + v <= 1),
-    'star': _star,
     'ring': _ring,
-    'cross': _cross,
 }
 SHAPE_CLASSES = tuple(_OUTLINES)
 
@@ -263,7 +244,7 @@ def _place(
     """
     height, width = shape
     angle = rng.uniform(-MAX_TURN, MAX_TURN)
-    aspect = rng.uniform(0.85, 1)
+    aspect = rng.uniform(0.9, 1)
     form = rng.random()
     margin = inset * diameter
     if centre is None:

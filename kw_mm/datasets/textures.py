@@ -17,7 +17,7 @@ def draw_background(rng: np.random.Generator, width: int, height: int) -> np.nda
     cells = int(rng.integers(2, 8))
     spots = rng.normal(0, rng.uniform(4, 14), (cells, cells, 3)).astype(np.float32)
     image = cv2.resize(spots, (width, height), interpolation=cv2.INTER_CUBIC) + colour
-    if rng.random() < 0.5:
+    if rng.random() < 0.3:
         period = rng.uniform(0.05, 0.2) * min(width, height)
         pattern = _pattern(rng, width, height, period)
         image += (pattern * np.float32(rng.uniform(5, 16)))[..., None]
@@ -67,8 +67,8 @@ def paint(rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray) -> Non
     colour = colours[enough[0] if len(enough) else contrast.argmax()].astype(np.float32)
 
     height, width = mask.shape
-    # None as often as all others together: plain, slope, grain, pattern.
-    texture = rng.choice(4, p=(0.5, 0.2, 0.15, 0.15))
+    # Plain, slope, grain or pattern.
+    texture = rng.choice(4, p=(0.6, 0.2, 0.1, 0.1))
     if texture == 0:
         value = np.zeros((height, width), np.float32)
     elif texture == 1:
@@ -79,7 +79,7 @@ def paint(rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray) -> Non
         period = max(4, rng.uniform(0.15, 0.4) * min(height, width))
         value = _pattern(rng, width, height, period)
     # Textures vary a colour around its mean, so the contrast above holds.
-    tint = rng.uniform(-35, 35, 3).astype(np.float32)
+    tint = rng.uniform(-30, 30, 3).astype(np.float32)
     canvas[mask] = colour + value[mask, None] * tint
 
     if rng.random() < 0.4:

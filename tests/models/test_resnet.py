@@ -12,6 +12,7 @@ from torch import nn
 
 from kw_mm import KWConv2d, KWResNet, set_temperature
 from kw_mm.layers import Attention
+from kw_mm.models.backbones import base
 
 GOLDEN = {
     'kw_resnet18_1x': (18, dict()),
@@ -212,6 +213,15 @@ def test_init_weights_keeps_or_loads(small, tmp_path):
     other = KWResNet(50, base_channels=8, init_cfg=init_cfg)
     with pytest.raises(ValueError, match='warehouse_manager.weights.0 .*another budget'):
         other.init_weights()
+
+
+@pytest.mark.parametrize('frozen_stages, warnings', [(-1, 0), (1, 1)])
+def test_freezing_random_weights_is_said(frozen_stages, warnings, monkeypatch):
+    said = []
+    monkeypatch.setattr(base, 'print_log', lambda message, **kwargs: said.append(message))
+    KWResNet(18, base_channels=4, frozen_stages=frozen_stages).init_weights()
+    assert len(said) == warnings
+    assert all('stay at their random initial values' in message for message in said)
 
 
 @pytest.mark.parametrize('kwargs, error, message', [

@@ -1,7 +1,9 @@
 # The generated shapes data set (kw_mm.datasets), as tools/dataset_converters/make_shapes.py
 # writes it.
 data_root = 'data/shapes/'
-metainfo = dict(classes=('circle', 'square', 'triangle', 'star', 'ring', 'cross'))
+metainfo = dict(
+    classes=('circle', 'square', 'triangle', 'ring'),
+    palette=[(220, 20, 60), (30, 144, 255), (50, 205, 50), (255, 165, 0)])
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),

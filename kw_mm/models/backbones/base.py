@@ -1,9 +1,11 @@
 """What the KW backbones share: warehouses, freezing, train mode, checks of arguments."""
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -52,6 +54,14 @@ class KWBackbone(BaseModule):
     def plan(self) -> WarehousePlan:
         """Who shares what; prints as a table."""
         return self.warehouse_manager.plan
+
+    def init_weights(self) -> None:
+        """Initialises as ``init_cfg`` says; mmengine calls it before it loads checkpoints."""
+        if self.frozen_stages >= 0 and not self.init_cfg:
+            print_log(f'frozen_stages={self.frozen_stages} without init_cfg: unless a checkpoint '
+                      'is loaded, these stages stay at their random initial values',
+                      logger='current', level=logging.WARNING)
+        super().init_weights()
 
     def _conv(self, name: str, in_channels: int, out_channels: int, kernel_size: int,
               **kwargs: Any) -> nn.Module:

@@ -1,0 +1,105 @@
+"""The main job as a user does it, in small: train, die, resume, test; and the demo."""
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kw_mm.datasets import write_shapes
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / 'configs' / 'demo' / 'mask-rcnn_kw1x-r18_fpn_shapes.py'
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return write_shapes(tmp_path_factory.mktemp('shapes'), num_train=16, num_val=4, size=64).root
+
+
+def options(data):
+    return ['--cfg-options', 'train_cfg.max_epochs=2', 'default_hooks.logger.interval=1',
+            'train_dataloader.batch_size=4', 'model.backbone.base_channels=8',
+            'model.backbone.drop_path_rate=0.2', 'model.neck.in_channels=[8,16,32,64]',
+            f'train_dataloader.dataset.data_root={data}/',
+            f'val_dataloader.dataset.data_root={data}/',
+            f'test_dataloader.dataset.data_root={data}/',
+            f'val_evaluator.ann_file={data}/annotations/instances_val.json',
+            f'test_evaluator.ann_file={data}/annotations/instances_val.json']
+
+
+def start(tool, *args):
+    return subprocess.Popen([sys.executable, ROOT / 'tools' / tool, CONFIG, *map(str, args)],
+                            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def losses(work_dir):
+    """Logged losses of the second epoch, of the last process that wrote them."""
+    found = {}
+    for log in sorted(work_dir.glob('*/vis_data/scalars.json')):
+        for line in log.read_text().splitlines():
+            entry = json.loads(line)
+            if entry.get('epoch') == 2 and 'loss' in entry:
+                found[entry['iter']] = {k: v for k, v in entry.items() if 'time' not in k}
+    return found
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_bit(data, tmp_path):
+    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+    finish(start('train.py', '--work-dir', whole, *options(data)))
+
+    process = start('train.py', '--work-dir', killed, *options(data))
+    deadline = time.monotonic() + 300
+    while not losses(killed):  # the second epoch has begun
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (killed / 'epoch_2.pth').exists()
+    time.sleep(1)  # logs are told apart by the second
+    output = finish(start('train.py', '--work-dir', killed, '--resume', *options(data)))
+    assert 'epoch_1.pth' in output
+
+    assert sorted(losses(whole)) == [5, 6, 7, 8]
+    assert losses(killed) == losses(whole)
+    output = finish(start('test.py', killed / 'epoch_2.pth', '--work-dir', tmp_path / 'test',
+                          *options(data)))
+    assert 'coco/segm_mAP' in output
+
+
+def test_the_demo_trains_shows_and_is_not_repeated(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    spec = importlib.util.spec_from_file_location('demo', ROOT / 'tools' / 'demo.py')
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    small = tmp_path / 'small.py'
+    small.write_text(f'_base_ = {str(CONFIG)!r}\n'
+                     'model = dict(backbone=dict(base_channels=8), '
+                     'neck=dict(in_channels=[8, 16, 32, 64]))\n')
+    args = ['--config', str(small), '--data', str(tmp_path / 'shapes'), '--num-train', '8',
+            '--num-val', '2', '--work-dir', str(tmp_path / 'demo'), '--epochs', '1']
+    demo.main(args)
+    first = capsys.readouterr().out
+    assert 'mask AP (0.50:0.95)' in first
+    assert len(list((tmp_path / 'demo' / 'pictures').glob('*.png'))) == 2
+    checkpoint = tmp_path / 'demo' / 'epoch_1.pth'
+    written = checkpoint.stat().st_mtime_ns
+    demo.main(args)
+    second = capsys.readouterr().out
+    assert 'is trained already' in second
+    assert checkpoint.stat().st_mtime_ns == written
+    table = [text[text.index('KW Mask R-CNN on shapes'):] for text in (first, second)]
+    assert table[0] == table[1]
