@@ -160,26 +160,26 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, {folder!r})
 from test_surroundings import Net
 
-torch.manual_seed(0)
-net = Net(attn_norm='LN').double()
-x = torch.randn(6, 4, 5, 6).double()
-net(x).square().mean().backward()
-expected = [p.grad.clone() for p in net.parameters()]
-net.zero_grad()
 dist.init_process_group('gloo')
-ddp = DistributedDataParallel(net)  # find_unused_parameters stays off
-for step in range(2):  # a parameter left out of the first step raises in the second
-    net.zero_grad()
-    rank = dist.get_rank()
-    ddp(x[3 * rank:3 * rank + 3]).square().mean().backward()
-for p, grad in zip(net.parameters(), expected):
-    torch.testing.assert_close(p.grad, grad, rtol=1e-10, atol=1e-12)
+for norm in ('LN', 'BN1d'):
+    torch.manual_seed(0)
+    net = Net(attn_norm=norm).double()
+    net.train(norm == 'LN')  # in training a batch norm's statistics are each process's own
+    x = torch.randn(6, 4, 5, 6).double()
+    net(x).square().mean().backward()
+    expected = [p.grad.clone() for p in net.parameters()]
+    ddp = DistributedDataParallel(net)  # find_unused_parameters stays off
+    for step in range(2):  # a parameter left out of the first step raises in the second
+        net.zero_grad()
+        rank = dist.get_rank()
+        ddp(x[3 * rank:3 * rank + 3]).square().mean().backward()
+    for p, grad in zip(net.parameters(), expected):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-10, atol=1e-12)
 dist.destroy_process_group()
 """
 
 
 def test_two_process_ddp_gives_the_gradients_of_the_global_batch(tmp_path):
-    # LayerNorm attention: batch norm statistics are each process's own, as everywhere in DDP.
     script = tmp_path / 'train.py'
     script.write_text(textwrap.dedent(DDP_SCRIPT.format(folder=os.path.dirname(__file__))))
     result = subprocess.run(
