@@ -21,13 +21,15 @@ from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.runner import Runner, find_latest_checkpoint
 
+from kw_mm.compat import has_accelerator
 from kw_mm.datasets import write_shapes
 from kw_mm.engine.checkpoint import check_checkpoint
 from kw_mm.table import format_table
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs' / 'demo' / 'mask-rcnn_kw1x-r18_fpn_shapes.py'
-# So many tensors are small that two processes of one thread each train faster than one of two.
+# On CPUs so many tensors are small that two processes of one thread each train faster than one
+# of two.
 MAX_PROCESSES = 2
 NUM_PICTURES = 12
 ZOOM = 4  # labels are unreadable at the size of the images
@@ -102,7 +104,7 @@ def train(args: argparse.Namespace) -> str:
     record = Path(args.work_dir, TIME_FILE)
     resumed = find_latest_checkpoint(args.work_dir) and record.exists()
     before = json.loads(record.read_text()) if resumed else 0
-    num_processes = min(MAX_PROCESSES, os.cpu_count() or 1)
+    num_processes = 1 if has_accelerator() else min(MAX_PROCESSES, os.cpu_count() or 1)
     batch_size = Config.fromfile(args.config).train_dataloader.batch_size // num_processes
     changes = {**options(args), 'train_dataloader.batch_size': batch_size}
     start = time.perf_counter()
