@@ -44,7 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--config', default=str(CONFIG), help='config to train')
     parser.add_argument('--data', default='data/shapes', help='folder of the data set')
-    parser.add_argument('--num-train', type=int, default=1280, help='training images')
+    parser.add_argument('--num-train', type=int, default=1200, help='training images')
     parser.add_argument('--num-val', type=int, default=200, help='validation images')
     parser.add_argument('--work-dir', default='work_dirs/demo', help='where to write the rest')
     parser.add_argument('--epochs', type=int, help="epochs to train, instead of the config's")

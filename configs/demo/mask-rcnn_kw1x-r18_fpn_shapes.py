@@ -14,7 +14,8 @@ model = dict(
         base_channels=16,
         frozen_stages=-1,
         norm_eval=False,
-        kw_cfg=dict(cell_num_ratio=1),
+        # Two processes of three images: too few for the attention's batch norm.
+        kw_cfg=dict(cell_num_ratio=1, attn_norm='LN'),
         init_cfg=None),
     neck=dict(in_channels=[16, 32, 64, 128], out_channels=64, num_outs=4,
               norm_cfg=dict(type='BN')),
@@ -40,6 +41,7 @@ model = dict(
         rpn=dict(nms_pre=200, max_per_img=100),
         rcnn=dict(max_per_img=30)))
 
+train_dataloader = dict(batch_size=6)
 max_epochs = 4
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=max_epochs)
 val_cfg = dict(type='ValLoop')
@@ -50,7 +52,7 @@ optim_wrapper = dict(
     paramwise_cfg=dict(norm_decay_mult=0., bias_decay_mult=0.),
     clip_grad=dict(max_norm=10))
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=50),
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=30),
     dict(type='CosineAnnealingLR', by_epoch=True, T_max=max_epochs, convert_to_iter_based=True,
          eta_min=1e-5),
 ]

@@ -29,7 +29,7 @@ DIAMETERS = ((16, 24), (32, 58), (60, 88))
 DIAMETER_SHARES = (0.1, 0.72, 0.18)
 MIN_DIAMETER = 12
 # How far shapes are turned from upright, in either direction.
-MAX_TURN = math.radians(15)
+MAX_TURN = math.radians(10)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class ShapesFiles:
 
 
 def write_shapes(root: str | os.PathLike,
-                 num_train: int = 1280,
+                 num_train: int = 1200,
                  num_val: int = 200,
                  size: int | Sequence[int] = 128,
                  seed: int = 0,

@@ -15,7 +15,7 @@ def parse_args() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         description='Generate a COCO instance segmentation data set of simple shapes.',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('root', metavar='ROOT', help='folder of the data set, made if missing')
-    parser.add_argument('--num-train', type=int, default=1280, help='number of training images')
+    parser.add_argument('--num-train', type=int, default=1200, help='number of training images')
     parser.add_argument('--num-val', type=int, default=200, help='number of validation images')
     parser.add_argument('--size', type=parse_size, default='128', metavar='SIDE|WxH',
                         help='size of the images in pixels, e.g. 128 or 160x120')
