@@ -9,13 +9,15 @@ from mmengine.registry import HOOKS, MODELS
 
 from .engine.hooks import KWTemperatureHook, RandomStateHook
 from .layers import KWConv1d, KWConv2d, KWConv3d, KWLinear
-from .models import KWResNet
+from .models import KWConvNeXt, KWMobileNetV2, KWResNet
 
 
 def register_all() -> None:
     """Registers layers, backbones (under the authors' names too) and hooks."""
     for layer in (KWConv1d, KWConv2d, KWConv3d, KWLinear):
         MODELS.register_module(module=layer)
-    MODELS.register_module(name=['KWResNet', 'KW_ResNet'], module=KWResNet)
+    for backbone in (KWResNet, KWConvNeXt, KWMobileNetV2):
+        name = backbone.__name__
+        MODELS.register_module(name=[name, name.replace('KW', 'KW_')], module=backbone)
     for hook in (KWTemperatureHook, RandomStateHook):
         HOOKS.register_module(module=hook)

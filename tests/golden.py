@@ -21,6 +21,14 @@ def load(name: str) -> dict:
     return json.loads((FOLDER / f'{name}.json').read_text())
 
 
+def backbone_entries(entries: dict) -> dict:
+    """What belongs to the backbone of a dict keyed by state-dict names, without its classifier."""
+    classifier = ('fc.', 'classifier.', 'head.', 'norm.')
+    if any(key.startswith('classifier.1.conv') for key in entries):
+        classifier += ('warehouse_manager.weights.9',)  # the cells of a dynamic classifier
+    return {key: entry for key, entry in entries.items() if not key.startswith(classifier)}
+
+
 def value(key: str, shape: tuple[int, ...]) -> torch.Tensor:
     """The golden value of the state-dict entry ``key``."""
     if key.endswith('num_batches_tracked'):

@@ -1,4 +1,4 @@
 """Models for OpenMMLab."""
-from .backbones import KWResNet
+from .backbones import KWConvNeXt, KWMobileNetV2, KWResNet
 
-__all__ = ['KWResNet']
+__all__ = ['KWConvNeXt', 'KWMobileNetV2', 'KWResNet']

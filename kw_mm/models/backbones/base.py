@@ -27,9 +27,14 @@ class KWBackbone(BaseModule):
     computes can still drift; with ``freeze_cells`` every warehouse that a frozen layer draws on
     is frozen as well.
 
+    Layers behind the last output are built, so that every checkpoint of the network fits, but
+    neither run nor trained.
+
     Args:
         specs: The dynamic convolutions in module order, named by their paths in the backbone.
-        config: Settings of the warehouses.
+        kw_cfg: Settings of the warehouses; what it leaves out is as ``kw_defaults`` says.
+        static: Whether to build the static twin instead: the same network with an ordinary
+            convolution at every path of ``specs``.
         frozen_stages: Stages up to this one are frozen, -1 for none.
         freeze_cells: Whether cells that a frozen layer draws on are frozen too.
         norm_eval: Whether batch norms, the attentions' included, keep to their running statistics
@@ -37,22 +42,30 @@ class KWBackbone(BaseModule):
         init_cfg: How mmengine initialises weights; None for the initial values of the method.
 
     Raises:
-        ValueError: If ``init_cfg`` asks for static weights in a way that would be ignored.
+        ValueError: If ``init_cfg`` asks for static weights in a way that would be ignored, or a
+            static twin is given a ``kw_cfg``.
     """
 
-    def __init__(self, specs: Iterable[ConvSpec], config: WarehouseConfig, frozen_stages: int,
-                 freeze_cells: bool, norm_eval: bool,
+    kw_defaults: Mapping[str, Any] = {}
+
+    def __init__(self, specs: Iterable[ConvSpec],
+                 kw_cfg: WarehouseConfig | Mapping[str, Any] | None, static: bool,
+                 frozen_stages: int, freeze_cells: bool, norm_eval: bool,
                  init_cfg: Mapping[str, Any] | list | None) -> None:
         super().__init__(init_cfg)
-        check_init_cfg(init_cfg)
+        if not static:
+            check_init_cfg(init_cfg)
+        elif kw_cfg is not None:
+            raise ValueError(f'kw_cfg must be None with static=True, got {kw_cfg!r}')
+        config = WarehouseConfig.from_cfg(kw_cfg, **self.kw_defaults)
         self.frozen_stages = frozen_stages
         self.freeze_cells = freeze_cells
         self.norm_eval = norm_eval
-        self.warehouse_manager = WarehouseManager(plan_warehouses(specs, config))
+        self.warehouse_manager = WarehouseManager(plan_warehouses(() if static else specs, config))
 
     @property
     def plan(self) -> WarehousePlan:
-        """Who shares what; prints as a table."""
+        """Who shares what; prints as a table. Empty in a static twin."""
         return self.warehouse_manager.plan
 
     def init_weights(self) -> None:
@@ -77,14 +90,22 @@ class KWBackbone(BaseModule):
         """The modules that ``frozen_stages`` stops."""
         raise NotImplementedError
 
+    def _idle_modules(self) -> list[nn.Module]:
+        """The modules behind the last output, which do not run."""
+        raise NotImplementedError
+
     def _freeze(self) -> None:
-        for module in self._frozen_modules():
+        idle = self._idle_modules()
+        for module in (*self._frozen_modules(), *idle):
             for parameter in module.parameters():
                 parameter.requires_grad = False
+        # Cells that no running layer draws on would leave distributed training waiting.
+        running = {id(layer.cells) for layer in set(_kw_convs([self])) - set(_kw_convs(idle))}
+        for cells in self.warehouse_manager.weights:
+            cells.requires_grad = id(cells) in running
         if self.freeze_cells:
-            for layer in (m for f in self._frozen_modules() for m in f.modules()):
-                if isinstance(layer, KWConv2d):
-                    layer.cells.requires_grad = False
+            for layer in _kw_convs(self._frozen_modules()):
+                layer.cells.requires_grad = False
 
     def train(self, mode: bool = True) -> KWBackbone:
         """Sets train mode; frozen stages, and with ``norm_eval`` all batch norms, stay out."""
@@ -97,6 +118,11 @@ class KWBackbone(BaseModule):
                     if isinstance(module, _BatchNorm):
                         module.eval()
         return self
+
+
+def _kw_convs(modules: Iterable[nn.Module]) -> list[KWConv2d]:
+    return [layer for module in modules for layer in module.modules()
+            if isinstance(layer, KWConv2d)]
 
 
 def check_init_cfg(init_cfg: Mapping[str, Any] | list | None) -> None:
@@ -136,3 +162,9 @@ def check_indices(name: str, value: Sequence[int], num: int) -> tuple[int, ...]:
             indices) != sorted(set(indices) & set(range(num))):
         raise ValueError(f'{name} must be rising indices from 0 to {num - 1}, got {value!r}')
     return indices
+
+
+def check_drop_path_rate(value: float) -> None:
+    """Raises ValueError unless the value is a probability below 1."""
+    if not 0 <= value < 1:
+        raise ValueError(f'drop_path_rate must be in [0, 1), got {value!r}')

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...config import WarehouseConfig
 from ...plan import ConvSpec
-from .base import KWBackbone, check_choice, check_indices
+from .base import KWBackbone, check_choice, check_drop_path_rate, check_indices
 
 
 class ConvArgs(NamedTuple):
@@ -131,6 +131,7 @@ class KWResNet(KWBackbone):
         zero_init_residual: Whether each block's last norm starts at zero.
         drop_path_rate: Stochastic depth, one rate for all blocks, in [0, 1).
         kw_cfg: Settings of the warehouses, a dict of ``WarehouseConfig``'s fields or the object.
+        static: Whether to build the static twin, with torchvision's keys throughout.
         init_cfg: How mmengine initialises weights; None for the initial values of the method.
 
     Raises:
@@ -154,7 +155,7 @@ class KWResNet(KWBackbone):
                  freeze_cells: bool = False, norm_cfg: Mapping[str, Any] | None = None,
                  norm_eval: bool = True, with_cp: bool = False, zero_init_residual: bool = True,
                  drop_path_rate: float = 0.0,
-                 kw_cfg: WarehouseConfig | Mapping[str, Any] | None = None,
+                 kw_cfg: WarehouseConfig | Mapping[str, Any] | None = None, static: bool = False,
                  init_cfg: Mapping[str, Any] | list | None = None) -> None:
         check_choice('depth', depth, self.arch_settings)
         check_choice('num_stages', num_stages, range(1, 5))
@@ -165,15 +166,15 @@ class KWResNet(KWBackbone):
             if len(values) < num_stages or any(value < 1 for value in values):
                 raise ValueError(f'{name} must hold a positive integer for each of the '
                                  f'{num_stages} stages, got {values!r}')
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate!r}')
+        check_drop_path_rate(drop_path_rate)
         stem_channels = stem_channels or base_channels
         block_convs, depths = self.arch_settings[depth]
         blocks = list(_layout(block_convs, depths[:num_stages], stem_channels, base_channels,
                               strides, dilations))
-        super().__init__(_dynamic_convs(blocks, avg_down), WarehouseConfig.from_cfg(kw_cfg),
-                         frozen_stages, freeze_cells, norm_eval, init_cfg)
+        super().__init__(_dynamic_convs(blocks, avg_down), kw_cfg, static, frozen_stages,
+                         freeze_cells, norm_eval, init_cfg)
         self.depth = depth
+        self.num_stages = num_stages
         self.out_indices = out_indices
         self.deep_stem = deep_stem
         norm_cfg = dict(norm_cfg or dict(type='BN', requires_grad=True))
@@ -193,7 +194,7 @@ class KWResNet(KWBackbone):
     @property
     def stages(self) -> list[nn.Sequential]:
         """``layer1`` to ``layer4``, as many as there are."""
-        return [stage for name, stage in self.named_children() if name.startswith('layer')]
+        return [getattr(self, f'layer{stage + 1}') for stage in range(self.num_stages)]
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Feature maps of the stages in ``out_indices``.
@@ -207,7 +208,7 @@ class KWResNet(KWBackbone):
         x = self.stem(x) if self.deep_stem else self.relu(getattr(self, self._norm1)(self.conv1(x)))
         x = self.maxpool(x)
         outputs = []
-        for i, stage in enumerate(self.stages):
+        for i, stage in enumerate(self.stages[:self.out_indices[-1] + 1]):
             x = stage(x)
             if i in self.out_indices:
                 outputs.append(x)
@@ -255,6 +256,9 @@ class KWResNet(KWBackbone):
             return []
         stem = [self.stem] if self.deep_stem else [self.conv1, getattr(self, self._norm1)]
         return stem + self.stages[:self.frozen_stages]
+
+    def _idle_modules(self) -> list[nn.Module]:
+        return self.stages[self.out_indices[-1] + 1:]
 
 
 def _layout(block_convs: Callable[..., list[ConvArgs]], depths: Sequence[int], in_channels: int,
