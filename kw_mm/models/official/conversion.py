@@ -10,7 +10,7 @@ from torch import Tensor
 from ...versions import __version__
 from .layout import BACKBONE, Contents, Layout, State, listed, unpack
 from .recognise import Candidate, recognise
-from .report import ConversionReport
+from .report import ConversionReport, as_code
 
 RECORD = 'kw_mm'  # in the meta of a converted file: what it takes to convert back
 
@@ -113,8 +113,8 @@ def to_official_checkpoint(
 def _recognise(contents: Contents, may_lack_norms: bool = False) -> Candidate:
     found = recognise(contents.backbone, may_lack_norms)
     if found.differences:
-        what = found.setting.name if found.setting else f'{found.family.name} {found.config}'
-        raise ValueError(f'the backbone must be one that can be built; this one comes closest to '
+        what = found.setting.name if found.setting else as_code(found.config)
+        raise ValueError('the backbone must be one that can be built; this one comes closest to '
                          f'{what}: {found.differences.describe(contents.layout.key)}')
     return found
 

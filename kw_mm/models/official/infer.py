@@ -5,6 +5,7 @@ bounds a ratio from both sides. All tensors vote, for one of them may be wrong.
 """
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,11 +25,12 @@ _USUAL = dict(cell_inplane_ratio=Fraction(1), cell_outplane_ratio=Fraction(1),
 
 @dataclass(frozen=True)
 class Bound:
-    """What one size says about a ratio: ``max(int(scale * ratio), least) == size``."""
+    """What one size says of a ratio: ``max(int(scale * ratio), least) == size``, ``< below``."""
 
     scale: int
     size: int
     least: int
+    below: float = math.inf
 
     @property
     def low(self) -> Fraction:
@@ -38,7 +40,7 @@ class Bound:
     @property
     def high(self) -> Fraction:
         """The first ratio that is too large."""
-        return Fraction(self.size + 1, self.scale)
+        return min(Fraction(self.size + 1, self.scale), self.below)
 
     def allows(self, ratio: Fraction) -> bool:
         """Tells whether a ratio gives the size."""
@@ -69,11 +71,11 @@ def infer_kw_cfg(warehouses: Sequence[Sequence[ConvSpec]], shapes: Shapes,
         fixed['attn_norm'] = norm
 
     bounds = dict(
-        cell_num_ratio=_bounds(warehouses, cells, _budget_bounds),
+        cell_num_ratio=_bounds(warehouses, cells, functools.partial(_budget_bounds, shapes)),
         cell_inplane_ratio=_bounds(warehouses, cells, lambda specs, cell: _plane_bounds(
-            (spec.weight_shape[1] for spec in specs), cell[1])),
+            (spec.weight_shape[1] for spec in specs), cell[2])),
         cell_outplane_ratio=_bounds(warehouses, cells, lambda specs, cell: _plane_bounds(
-            (spec.weight_shape[0] for spec in specs), cell[0])),
+            (spec.weight_shape[0] for spec in specs), cell[1])),
         reduction=[list(_reduction_bounds(specs, shapes)) for specs in warehouses],
         nonlocal_basis_ratio=[list(_basis_bounds(specs, shapes)) for specs in warehouses])
     partition = _spatial_partition(warehouses, cells)
@@ -111,10 +113,16 @@ def _bounds(warehouses: Sequence[Sequence[ConvSpec]], cells: Sequence[tuple[int,
             for specs, cell in zip(warehouses, cells)]
 
 
-def _budget_bounds(specs: Sequence[ConvSpec], cell: tuple[int, ...]) -> Iterator[Bound]:
-    mixtures = sum(math.prod(spec.weight_shape) // math.prod(cell[1:]) for spec in specs)
-    if mixtures and cell[0]:
-        yield Bound(mixtures, cell[0], 1)
+def _budget_bounds(shapes: Shapes, specs: Sequence[ConvSpec],
+                   cell: tuple[int, ...]) -> Iterator[Bound]:
+    """Of the cells, and of the attentions, which have a column for each cell and one more."""
+    mixtures = [math.prod(spec.weight_shape) // max(math.prod(cell[1:]), 1) for spec in specs]
+    rows = [shapes.get(f'{spec.name}.attention.basis_bias') or
+            shapes.get(f'{spec.name}.attention.fc2.bias') or () for spec in specs]
+    sizes = [cell[0], *(row[0] // m - 1 for row, m in zip(rows, mixtures) if row and m)]
+    for size in sizes:
+        if size > 0 and sum(mixtures):
+            yield Bound(sum(mixtures), size, 1)
 
 
 def _plane_bounds(channels: Iterable[int], size: int) -> Iterator[Bound]:
@@ -134,7 +142,7 @@ def _basis_bounds(specs: Sequence[ConvSpec], shapes: Shapes) -> Iterator[Bound]:
     for spec in specs:
         shape = shapes.get(f'{spec.name}.attention.fc3.weight', ())
         if len(shape) == 2 and shape[0] and shape[1] >= MIN_WIDTH:
-            yield Bound(shape[0], shape[1], MIN_WIDTH)
+            yield Bound(shape[0], shape[1], MIN_WIDTH, below=1)
         # A layer with a warehouse of its own has no basis whatever the ratio.
         elif len(specs) > 1 and f'{spec.name}.attention.fc2.bias' in shapes:
             yield Bound(1, 1, 0)
@@ -144,7 +152,7 @@ def _spatial_partition(warehouses: Sequence[Sequence[ConvSpec]],
                        cells: Sequence[tuple[int, ...] | None]) -> tuple[bool, ...]:
     """False where cells are whole kernels of more than one position."""
     return tuple(
-        cell is None or math.prod(cell[2:]) == 1 or {s.kernel_size for s in specs} != {cell[2:]}
+        cell is None or math.prod(cell[3:]) == 1 or {s.kernel_size for s in specs} != {cell[3:]}
         for specs, cell in zip(warehouses, cells))
 
 

@@ -86,7 +86,11 @@ def recognise(state: Mapping[str, Tensor], may_lack_norms: bool = False) -> Cand
     shapes = {key: shape for key, shape in shapes.items() if not family.is_head(key, shape)}
     best = None
     for config, setting in _proposals(family, shapes):
-        expected = {k: tuple(v.shape) for k, v in family.build(config).state_dict().items()}
+        try:
+            backbone = family.build(config)
+        except ValueError:  # wrong shapes may suggest what cannot be built
+            continue
+        expected = {k: tuple(v.shape) for k, v in backbone.state_dict().items()}
         absent = {}
         if may_lack_norms and family.output_norms:
             absent = {k: s for k, s in expected.items() if family.output_norms.match(k)}
@@ -125,3 +129,4 @@ def _proposals(family: Family, shapes: Shapes) -> Iterator[tuple[dict[str, Any],
                       for warehouse in family.build(plain).plan.warehouses]
         for kw_cfg in infer_kw_cfg(warehouses, shapes, family.attn_norm):
             yield dict(plain, kw_cfg=kw_cfg), None
+        yield plain, None
