@@ -346,6 +346,23 @@ def test_released_models_name_their_culprits():
                 f'; misshapen {key} ' in culprit(state))
 
 
+def test_cells_with_a_dimension_lost_are_no_classifier(thin):
+    key = 'warehouse_manager.weights.2'
+    assert culprit({**thin, key: thin[key][..., 0]}).endswith(
+        f': misshapen {key} (94, 64, 64, 1) instead of (94, 64, 64, 1, 1)')
+
+
+@pytest.mark.parametrize('name, lost', [
+    ('kw1x-convnext-t', 'stages.2.4'), ('kw1x-convnext-t', 'stages.3'), ('kw1x-r50', 'layer2'),
+    ('kw1x-mobilenet-v2-050', 'features.1'), ('kw1x-r18', 'layer1.1')])
+def test_lost_blocks_are_told_from_other_architectures(name, lost):
+    setting = next(s for s in RELEASED if s.name == name)
+    state = build(setting.backbone, 'meta').state_dict()
+    message = culprit({k: t for k, t in state.items() if not k.startswith(lost)})
+    assert f': missing {lost}' in message and 'unknown' not in message
+    assert name in message or 'depths=(3, 3, 9, 1), channels=(96, 192, 384, 768)' in message
+
+
 def test_many_culprits_are_counted(thin):
     state = {k: t for k, t in thin.items() if not k.startswith('layer2.1')}
     assert 'missing layer2.1.conv1.attention.fc1.weight (16, 32), ' in culprit(state)

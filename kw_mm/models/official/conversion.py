@@ -14,6 +14,9 @@ from .report import ConversionReport, as_code
 
 RECORD = 'kw_mm'  # in the meta of a converted file: what it takes to convert back
 
+# Of dataset_meta in MMDetection 3.x; in 2.x they are directly in the meta, in capitals.
+_CLASS_FIELDS = ('classes', 'palette')
+
 
 def convert_official_checkpoint(
         checkpoint: Mapping[str, Any],
@@ -41,26 +44,25 @@ def convert_official_checkpoint(
             not the ``weights`` asked for; or if it is a converted one already.
     """
     contents = unpack(checkpoint, weights)
-    meta = _meta(checkpoint)
+    meta = _mapping(checkpoint, 'meta')
     if RECORD in meta:
         raise ValueError("the checkpoint must be one of the authors', this one is converted "
                          'already')
     found = _recognise(contents, may_lack_norms=not contents.parts)
-    dropped = _heads(contents.backbone, found)
     added = _fresh_norms(contents.backbone, found)
-    backbone = {name: tensor for name, tensor in contents.backbone.items() if name not in dropped}
+    backbone = {name: tensor for name, tensor in contents.backbone.items()
+                if name not in found.heads}
     backbone.update(added)
 
     record = dict(version=__version__, layout=contents.layout.to_dict(), added=list(added))
     converted = dict(kw_mm=record)
-    if meta.get('CLASSES'):
-        names = dict(CLASSES='classes', PALETTE='palette')
-        converted['dataset_meta'] = {ours: meta[theirs] for theirs, ours in names.items()
-                                     if meta.get(theirs)}
+    if meta.get('CLASSES') is not None:
+        converted['dataset_meta'] = {name: meta[name.upper()] for name in _CLASS_FIELDS
+                                     if meta.get(name.upper()) is not None}
     layout = Layout('state_dict', backbone_prefix=BACKBONE)
     return layout.pack(backbone, contents.others, converted), _report(
         contents, found, contents.layout, backbone,
-        dropped=[contents.layout.key(name) for name in dropped],
+        dropped=[contents.layout.key(name) for name in found.heads],
         added=[layout.key(name) for name in added], has_classes='dataset_meta' in converted)
 
 
@@ -86,12 +88,11 @@ def to_official_checkpoint(
     contents = unpack(checkpoint, 'state_dict')
     if not contents.layout.backbone_prefix:
         raise ValueError("a checkpoint to convert back must have keys that start with 'backbone.'")
-    meta = _meta(checkpoint)
+    meta = _mapping(checkpoint, 'meta')
     found = _recognise(contents)
-    heads = _heads(contents.backbone, found)
-    if heads:
+    if found.heads:
         raise ValueError("a checkpoint to convert back must not be in the authors' layout already, "
-                         f'with a classifier in the backbone; got {listed(heads)}')
+                         f'with a classifier in the backbone; got {listed(found.heads)}')
     layout, added = _recorded(meta)
     if layout is None:
         layout = Layout('state_dict', '', BACKBONE) if contents.parts else Layout('model')
@@ -102,8 +103,9 @@ def to_official_checkpoint(
     # Half of them would not be recognised again.
     dropped = norms if untouched == norms else []
     backbone = {name: tensor for name, tensor in contents.backbone.items() if name not in dropped}
-    classes = {name.upper(): meta['dataset_meta'][name] for name in ('classes', 'palette')
-               if meta.get('dataset_meta', {}).get(name)}
+    dataset_meta = _mapping(meta, 'dataset_meta')
+    classes = {name.upper(): dataset_meta[name] for name in _CLASS_FIELDS
+               if dataset_meta.get(name) is not None}
     return layout.pack(backbone, contents.others, classes), _report(
         contents, found, layout, backbone, to_official=True,
         dropped=[contents.layout.key(name) for name in dropped],
@@ -119,9 +121,9 @@ def _recognise(contents: Contents, may_lack_norms: bool = False) -> Candidate:
     return found
 
 
-def _meta(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-    meta = checkpoint.get('meta')
-    return meta if isinstance(meta, Mapping) else {}
+def _mapping(parent: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = parent.get(name)
+    return value if isinstance(value, Mapping) else {}
 
 
 def _recorded(meta: Mapping[str, Any]) -> tuple[Layout | None, list[str]]:
@@ -136,14 +138,9 @@ def _recorded(meta: Mapping[str, Any]) -> tuple[Layout | None, list[str]]:
                          f'added; got {record!r}') from error
 
 
-def _heads(backbone: State, found: Candidate) -> list[str]:
-    return [name for name, tensor in backbone.items()
-            if found.family.is_head(name, tuple(tensor.shape))]
-
-
 def _fresh_norms(backbone: State, found: Candidate) -> State:
     """The norms that are absent, in the dtype of the rest."""
-    dtype = next(tensor.dtype for tensor in backbone.values() if tensor.is_floating_point())
+    dtype = next((t.dtype for t in backbone.values() if t.is_floating_point()), torch.float32)
     return {name: torch.full(shape, _fresh_value(name), dtype=dtype)
             for name, shape in found.absent.items()}
 

@@ -56,7 +56,7 @@ class Family:
             return self.backbone(**{k: v for k, v in config.items() if k != 'type'})
 
     def is_head(self, key: str, shape: tuple[int, ...]) -> bool:
-        """Tells whether an entry belongs to the classifier.
+        """Tells whether an entry that a backbone has not belongs to the classifier.
 
         A dynamic classifier has a warehouse among those of the backbone. Its cells have one
         spatial dimension, being those of a linear layer (method, section 4).
@@ -78,12 +78,14 @@ def _resnet_outline(shapes: Shapes) -> dict[str, Any]:
 
 
 def _convnext_outline(shapes: Shapes) -> dict[str, Any]:
-    depths = tuple(_count_blocks(shapes, f'stages.{stage}.') for stage in range(4))
-    channels = tuple(
-        _most_common((shape[0] for key, shape in shapes.items()
-                      if re.fullmatch(rf'stages\.{stage}\.\d+\.norm\.weight', key) and shape), 1)
-        for stage in range(4))
-    arch = dict(depths=depths, channels=channels)
+    depths, channels = [], [48]
+    for stage in range(4):
+        depths.append(max(_count_blocks(shapes, f'stages.{stage}.'), 1))
+        channels.append(_most_common(
+            (shape[0] for key, shape in shapes.items()
+             if re.fullmatch(rf'stages\.{stage}\.\d+\.norm\.weight', key) and shape),
+            2 * channels[-1]))
+    arch = dict(depths=tuple(depths), channels=tuple(channels[1:]))
     return dict(arch=next((name for name, sizes in KWConvNeXt.arch_settings.items()
                            if sizes == arch), arch))
 

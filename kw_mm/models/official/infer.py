@@ -5,13 +5,12 @@ bounds a ratio from both sides. All tensors vote, for one of them may be wrong.
 """
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations_with_replacement
-from typing import Any, Callable
+from typing import Any
 
 from ...config import WarehouseConfig
 from ...plan import MIN_WIDTH, ConvSpec
@@ -55,8 +54,8 @@ def infer_kw_cfg(warehouses: Sequence[Sequence[ConvSpec]], shapes: Shapes,
                  default_norm: str) -> Iterator[dict[str, Any]]:
     """Yields configs that may have given the shapes, the simplest first.
 
-    The first has one value for all warehouses in every field; the second, if it differs, a tuple
-    where the shapes of some warehouses ask for it.
+    The first has one value for all warehouses in every field, the others a tuple where the shapes
+    of some warehouses ask for one: in the plane ratios, in the rest, in both.
 
     Args:
         warehouses: The layers of each warehouse.
@@ -69,34 +68,58 @@ def infer_kw_cfg(warehouses: Sequence[Sequence[ConvSpec]], shapes: Shapes,
     norm = _attention_norm(shapes) or default_norm
     if norm != default_norm:
         fixed['attn_norm'] = norm
-
-    bounds = dict(
-        cell_num_ratio=_bounds(warehouses, cells, functools.partial(_budget_bounds, shapes)),
-        cell_inplane_ratio=_bounds(warehouses, cells, lambda specs, cell: _plane_bounds(
-            (spec.weight_shape[1] for spec in specs), cell[2])),
-        cell_outplane_ratio=_bounds(warehouses, cells, lambda specs, cell: _plane_bounds(
-            (spec.weight_shape[0] for spec in specs), cell[1])),
-        reduction=[list(_reduction_bounds(specs, shapes)) for specs in warehouses],
-        nonlocal_basis_ratio=[list(_basis_bounds(specs, shapes)) for specs in warehouses])
     partition = _spatial_partition(warehouses, cells)
-    shared = {field: _vote([b for w in per_warehouse for b in w], _USUAL.get(field))
-              for field, per_warehouse in bounds.items()}
-    majority = dict(fixed, **{field: _number(ratio, [b for w in bounds[field] for b in w])
-                              for field, ratio in shared.items() if ratio is not None})
     if not all(partition):
-        majority['spatial_partition'] = partition if any(partition) else False
-    yield _without_defaults(majority)
+        fixed['spatial_partition'] = partition if any(partition) else False
 
-    each = dict(majority)
+    seen = []
+    for planes in _choices({
+            field: [[] if cell is None else list(_plane_bounds(specs, cell, axis))
+                    for specs, cell in zip(warehouses, cells)]
+            for field, axis in (('cell_inplane_ratio', 1), ('cell_outplane_ratio', 0))}):
+        for rest in _choices(dict(
+                cell_num_ratio=[
+                    list(_budget_bounds(specs, cell and cell[0], shapes, sizes))
+                    for specs, cell, sizes in zip(
+                        warehouses, cells, _cell_sizes(warehouses, fixed, planes))],
+                reduction=[list(_reduction_bounds(specs, shapes)) for specs in warehouses],
+                nonlocal_basis_ratio=[list(_basis_bounds(specs, shapes))
+                                      for specs in warehouses])):
+            kw_cfg = _without_defaults({**rest, **planes, **fixed})
+            if kw_cfg not in seen:
+                seen.append(kw_cfg)
+                yield kw_cfg
+
+
+def _choices(bounds: Mapping[str, Sequence[Sequence[Bound]]]) -> Iterator[dict[str, Any]]:
+    """Fields with the ratios that their bounds suggest: one for all warehouses, one for each."""
+    shared = {}
+    for field, per_warehouse in bounds.items():
+        ratio = _vote([b for w in per_warehouse for b in w], _USUAL.get(field))
+        if ratio is not None:
+            shared[field] = ratio
+    yield {field: _number(ratio, [b for w in bounds[field] for b in w])
+           for field, ratio in shared.items()}
+    each = {}
     for field, ratio in shared.items():
-        if ratio is None:
-            continue
         own = [ratio if all(b.allows(ratio) for b in w) else _vote(w, _USUAL.get(field)) or ratio
                for w in bounds[field]]
-        if len(set(own)) > 1:
-            each[field] = tuple(_number(r, w) for r, w in zip(own, bounds[field]))
-    if each != majority:
-        yield _without_defaults(each)
+        numbers = tuple(_number(r, w) for r, w in zip(own, bounds[field]))
+        each[field] = numbers if len(set(numbers)) > 1 else numbers[0]
+    yield each
+
+
+def _cell_sizes(warehouses: Sequence[Sequence[ConvSpec]], fixed: Mapping[str, Any],
+                planes: Mapping[str, Any]) -> Iterator[int]:
+    """Numbers in a cell of each warehouse, as the config says and not the cells themselves."""
+    config = WarehouseConfig(**fixed, **planes)
+    for index, specs in enumerate(warehouses):
+        own = config.for_warehouse(index, len(warehouses))
+        kernel = 1 if own.spatial_partition else math.prod(specs[0].kernel_size)
+        c_out, c_in = (
+            max(int(math.gcd(*(spec.weight_shape[axis] for spec in specs)) * ratio), 1)
+            for axis, ratio in ((0, own.cell_outplane_ratio), (1, own.cell_inplane_ratio)))
+        yield c_out * c_in * kernel
 
 
 def _attention_norm(shapes: Shapes) -> str | None:
@@ -107,27 +130,23 @@ def _attention_norm(shapes: Shapes) -> str | None:
     return 'BN1d' if statistics >= biases else 'LN'
 
 
-def _bounds(warehouses: Sequence[Sequence[ConvSpec]], cells: Sequence[tuple[int, ...] | None],
-            make: Callable[..., Iterator[Bound]]) -> list[list[Bound]]:
-    return [[] if cell is None else list(make(specs, cell))
-            for specs, cell in zip(warehouses, cells)]
+def _budget_bounds(specs: Sequence[ConvSpec], num_cells: int | None, shapes: Shapes,
+                   cell_size: int) -> Iterator[Bound]:
+    """From the cells, and from the attentions, which have a column for each and one more."""
+    mixtures = [math.prod(spec.weight_shape) // cell_size for spec in specs]
+    sizes = [num_cells] if num_cells else []
+    for spec, count in zip(specs, mixtures):
+        rows = shapes.get(f'{spec.name}.attention.basis_bias') or shapes.get(
+            f'{spec.name}.attention.fc2.bias')
+        if rows and count and rows[0] // count > 1:
+            sizes.append(rows[0] // count - 1)
+    if sum(mixtures):
+        yield from (Bound(sum(mixtures), size, 1) for size in sizes)
 
 
-def _budget_bounds(shapes: Shapes, specs: Sequence[ConvSpec],
-                   cell: tuple[int, ...]) -> Iterator[Bound]:
-    """Of the cells, and of the attentions, which have a column for each cell and one more."""
-    mixtures = [math.prod(spec.weight_shape) // max(math.prod(cell[1:]), 1) for spec in specs]
-    rows = [shapes.get(f'{spec.name}.attention.basis_bias') or
-            shapes.get(f'{spec.name}.attention.fc2.bias') or () for spec in specs]
-    sizes = [cell[0], *(row[0] // m - 1 for row, m in zip(rows, mixtures) if row and m)]
-    for size in sizes:
-        if size > 0 and sum(mixtures):
-            yield Bound(sum(mixtures), size, 1)
-
-
-def _plane_bounds(channels: Iterable[int], size: int) -> Iterator[Bound]:
-    bound = Bound(math.gcd(*channels), size, 1)
-    if 0 < size <= bound.scale:
+def _plane_bounds(specs: Sequence[ConvSpec], cell: tuple[int, ...], axis: int) -> Iterator[Bound]:
+    bound = Bound(math.gcd(*(spec.weight_shape[axis] for spec in specs)), cell[1 + axis], 1)
+    if 0 < bound.size <= bound.scale:
         yield bound
 
 

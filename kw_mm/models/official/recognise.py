@@ -58,6 +58,7 @@ class Candidate:
         family: Of the backbone.
         config: Builds it.
         setting: The released model that it is, if it is one.
+        heads: Entries of the classifier.
         absent: Shapes of the output norms, where the state dict has none of them.
         differences: From the state dict in question; heads and absent norms are none.
     """
@@ -65,6 +66,7 @@ class Candidate:
     family: Family
     config: dict[str, Any]
     setting: Setting | None
+    heads: tuple[str, ...]
     absent: dict[str, tuple[int, ...]]
     differences: Differences
 
@@ -83,7 +85,6 @@ def recognise(state: Mapping[str, Tensor], may_lack_norms: bool = False) -> Cand
     """
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
     family = _family(shapes)
-    shapes = {key: shape for key, shape in shapes.items() if not family.is_head(key, shape)}
     best = None
     for config, setting in _proposals(family, shapes):
         try:
@@ -91,18 +92,22 @@ def recognise(state: Mapping[str, Tensor], may_lack_norms: bool = False) -> Cand
         except ValueError:  # wrong shapes may suggest what cannot be built
             continue
         expected = {k: tuple(v.shape) for k, v in backbone.state_dict().items()}
-        absent = {}
-        if may_lack_norms and family.output_norms:
-            absent = {k: s for k, s in expected.items() if family.output_norms.match(k)}
-            if any(key in shapes for key in absent):
-                absent = {}
+        heads = tuple(k for k, s in shapes.items() if k not in expected and family.is_head(k, s))
+        absent = _absent_norms(family, shapes, expected) if may_lack_norms else {}
         differences = Differences.between(
-            shapes, {k: s for k, s in expected.items() if k not in absent})
+            {k: s for k, s in shapes.items() if k not in heads},
+            {k: s for k, s in expected.items() if k not in absent})
         if best is None or len(differences) < len(best.differences):
-            best = Candidate(family, config, setting, absent, differences)
+            best = Candidate(family, config, setting, heads, absent, differences)
         if not best.differences:
             break
     return best
+
+
+def _absent_norms(family: Family, shapes: Shapes, expected: Shapes) -> dict[str, tuple[int, ...]]:
+    if family.output_norms is None or any(family.output_norms.match(key) for key in shapes):
+        return {}
+    return {key: shape for key, shape in expected.items() if family.output_norms.match(key)}
 
 
 def _family(shapes: Shapes) -> Family:
@@ -120,13 +125,14 @@ def _family(shapes: Shapes) -> Family:
 
 def _proposals(family: Family, shapes: Shapes) -> Iterator[tuple[dict[str, Any], Setting | None]]:
     outline = family.outline(shapes)
-    for setting in RELEASED:
-        if setting.backbone.items() >= dict(outline, type=family.type).items():
-            yield setting.backbone, setting
+    released = [setting for setting in RELEASED if setting.backbone['type'] == family.type]
+    likely = [s for s in released if s.backbone.items() >= outline.items()]
+    yield from ((setting.backbone, setting) for setting in likely)
     for structure in family.structures(outline, shapes):
         plain = dict(type=family.type, **structure)
         warehouses = [[layer.spec for layer in warehouse.layers]
                       for warehouse in family.build(plain).plan.warehouses]
         for kw_cfg in infer_kw_cfg(warehouses, shapes, family.attn_norm):
             yield dict(plain, kw_cfg=kw_cfg), None
-        yield plain, None
+    # With much missing even the outline is a guess.
+    yield from ((setting.backbone, setting) for setting in released if setting not in likely)

@@ -49,8 +49,8 @@ class ConversionReport:
 
     @property
     def name(self) -> str:
-        """Of the released model, or what is known of another."""
-        return self.setting.name if self.setting else f'{self.family}, no released model'
+        """Of the released model, or that it is none."""
+        return self.setting.name if self.setting else 'no released model'
 
     @property
     def budget(self) -> str:
