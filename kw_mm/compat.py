@@ -4,6 +4,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,11 @@ _ACCELERATOR_BACKENDS = ('nccl', 'cncl', 'hccl', 'mccl')
 
 
 def apply() -> None:
-    """Makes mmengine checkpoints load and distributed CPU runs start; may run again."""
+    """Makes mmengine checkpoints load, distributed CPU runs start, bfloat16 runs detect; may run
+    again."""
     allow_mmengine_checkpoints()
     patch_pytorch_launcher()
+    let_mmcv_ops_take_bfloat16()
 
 
 def has_accelerator() -> bool:
@@ -121,6 +124,51 @@ def prepare_cpu_ddp_(cfg: Config) -> None:
     if reverted:
         print_log('Synchronised batch norms need GPUs: on CPUs they become plain ones, with the '
                   'statistics of each process', logger='current', level=logging.WARNING)
+
+
+# mmcv's kernels are built for single, double and half precision. In a bfloat16 run detectors hand
+# them bfloat16 all the same, and fail.
+
+def let_mmcv_ops_take_bfloat16() -> None:
+    """Makes the mmcv operators of detectors compute in single precision when given bfloat16.
+
+    Without mmcv's compiled operators there is nothing to do.
+    """
+    if find_spec('mmcv._ext') is None:
+        return
+    from mmcv.ops.focal_loss import SigmoidFocalLossFunction
+    from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
+    from mmcv.ops.nms import NMSop, SoftNMSop
+    from mmcv.ops.roi_align import RoIAlignFunction
+    for function in (MultiScaleDeformableAttnFunction, NMSop, RoIAlignFunction,
+                     SigmoidFocalLossFunction, SoftNMSop):
+        if not hasattr(function.forward, 'takes_bfloat16'):
+            function.forward = staticmethod(_in_single(function.forward))
+            function.backward = staticmethod(_in_single(function.backward))
+
+
+def _in_single(method: Callable) -> Callable:
+    """A method of an autograd function that is given single instead of bfloat16 tensors.
+
+    What it returns is made bfloat16 again: detectors put it into tensors of that type.
+    """
+    @functools.wraps(method)
+    def single(ctx: Any, *args: Any) -> Any:
+        if not any(_has_dtype(arg, torch.bfloat16) for arg in args):
+            return method(ctx, *args)
+        results = method(ctx, *(
+            arg.float() if _has_dtype(arg, torch.bfloat16) else arg for arg in args))
+        if isinstance(results, tuple):
+            return tuple(result.bfloat16() if _has_dtype(result, torch.float32) else result
+                         for result in results)
+        return results.bfloat16() if _has_dtype(results, torch.float32) else results
+
+    single.takes_bfloat16 = True
+    return single
+
+
+def _has_dtype(value: Any, dtype: torch.dtype) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == dtype
 
 
 def _dicts(node: Any) -> Iterator[dict]:

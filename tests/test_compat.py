@@ -1,4 +1,4 @@
-"""Checkpoints under ``weights_only``, and distributed runs on CPUs."""
+"""Checkpoints under ``weights_only``, distributed runs on CPUs, bfloat16 in mmcv."""
 import os
 import subprocess
 import sys
@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmcv.ops import nms, roi_align
+from mmcv.ops.roi_align import RoIAlignFunction
 from mmengine.config import Config
 from mmengine.dist import utils as dist_utils
 from mmengine.logging import HistoryBuffer
@@ -210,6 +212,8 @@ def test_config_is_left_alone_elsewhere(monkeypatch, launcher, accelerator):
 DISTRIBUTED = """
 import sys
 import torch
+from mmcv.ops import nms, roi_align
+from mmcv.ops.roi_align import RoIAlignFunction
 from mmengine.config import Config
 from mmengine.dist import all_gather_object
 from mmengine.model import BaseModel
@@ -274,3 +278,27 @@ def test_two_processes_train_and_resume_on_cpus(tmp_path):
          str(script), str(tmp_path / 'work')], capture_output=True, text=True,
         env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'))
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_mmcv_operators_take_bfloat16():
+    # mmcv has no kernels for it: "expected scalar type Float but found BFloat16".
+    torch.manual_seed(0)
+    features = torch.randn(1, 4, 16, 16, dtype=torch.bfloat16, requires_grad=True)
+    rois = torch.tensor([[0, 1, 1, 9, 9], [0, 3, 2, 12, 14]], dtype=torch.bfloat16)
+    out = roi_align(features, rois, (4, 4), 1.0, 2)
+    exact = features.detach().float().requires_grad_()
+    expected = roi_align(exact, rois.float(), (4, 4), 1.0, 2)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected.bfloat16())
+    out.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(features.grad, exact.grad.bfloat16())
+    assert expected.dtype == exact.grad.dtype == torch.float32
+
+    boxes = torch.tensor([[0, 0, 8, 8], [0, 0, 8, 7], [20, 20, 30, 30]], dtype=torch.bfloat16)
+    dets, kept = nms(boxes, torch.tensor([0.5, 0.75, 0.25], dtype=torch.bfloat16), 0.5)
+    assert kept.tolist() == [1, 2]
+    assert dets.dtype == torch.bfloat16
+    before = RoIAlignFunction.forward
+    compat.let_mmcv_ops_take_bfloat16()
+    assert RoIAlignFunction.forward is before

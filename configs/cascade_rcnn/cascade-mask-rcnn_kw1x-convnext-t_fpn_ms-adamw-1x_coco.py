@@ -1,0 +1,17 @@
+_base_ = [
+    'mmdet::_base_/models/cascade-mask-rcnn_r50_fpn.py',
+    '../_base_/datasets/coco-instance_ms-crop.py',
+    '../_base_/schedules/adamw-layerwise-1x.py',
+    '../_base_/runtime.py',
+]
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='KWConvNeXt',
+        arch='tiny',
+        drop_path_rate=0.4,
+        layer_scale_init_value=1.0,
+        kw_cfg=dict(cell_num_ratio=1),
+        init_cfg=None),
+    neck=dict(in_channels=[96, 192, 384, 768]))

@@ -1,0 +1,18 @@
+_base_ = 'rtmdet-ins_kw1x-r50_8xb32-300e_coco.py'
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='KWConvNeXt',
+        arch='tiny',
+        out_indices=(1, 2, 3),
+        drop_path_rate=0.4,
+        layer_scale_init_value=1.0,
+        kw_cfg=dict(cell_num_ratio=1),
+        init_cfg=None),
+    neck=dict(in_channels=[192, 384, 768]))
+# A quarter of RTMDet's rate for a backbone that starts from pretrained weights.
+optim_wrapper = dict(
+    constructor='LearningRateDecayOptimizerConstructor',
+    optimizer=dict(lr=0.001),
+    paramwise_cfg=dict(_delete_=True, decay_rate=0.8, decay_type='layer_wise', num_layers=6))
