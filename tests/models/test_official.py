@@ -94,7 +94,15 @@ def test_released_models_are_recognised(setting):
     assert setting.budget in str(report) and f"type='{setting.backbone['type']}'" in str(report)
 
 
-@pytest.mark.parametrize('config', sorted(CONFIGS.glob('*_kw*.py')), ids=lambda path: path.name)
+KW_CONFIGS = sorted(CONFIGS.glob('*_kw*_fpn_ms-adamw-1x_coco.py'))
+
+
+def test_the_configs_named_are_those_there_are():
+    assert [path.name for path in KW_CONFIGS] == sorted(
+        Path(setting.config).name for setting in RELEASED if setting.config)
+
+
+@pytest.mark.parametrize('config', KW_CONFIGS, ids=lambda path: path.name)
 def test_configs_are_found_by_what_they_build(config):
     backbone = Config.fromfile(config).model.backbone
     state = build(backbone, 'meta').state_dict()
