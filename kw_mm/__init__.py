@@ -17,13 +17,21 @@ from .plan import ConvSpec, WarehousePlan, plan_warehouses  # noqa: E402
 __all__ = ['ConvSpec', 'KWConv1d', 'KWConv2d', 'KWConv3d', 'KWLinear', 'WarehouseConfig',
            'WarehousePlan', '__version__', 'plan_warehouses', 'set_temperature']
 
-_OPENMMLAB_NAMES = ['KWConvNeXt', 'KWMobileNetV2', 'KWResNet', 'KWTemperatureHook',
-                    'RandomStateHook']
+_OPENMMLAB_NAMES = ['ConversionReport', 'KWConvNeXt', 'KWMobileNetV2', 'KWResNet',
+                    'KWTemperatureHook', 'RandomStateHook', 'convert_official_checkpoint',
+                    'to_official_checkpoint']
 
 if find_spec('mmengine') and find_spec('mmcv'):
     from . import compat
     from .engine.hooks import KWTemperatureHook, RandomStateHook  # noqa: F401
-    from .models import KWConvNeXt, KWMobileNetV2, KWResNet  # noqa: F401
+    from .models import (  # noqa: F401
+        ConversionReport,
+        KWConvNeXt,
+        KWMobileNetV2,
+        KWResNet,
+        convert_official_checkpoint,
+        to_official_checkpoint,
+    )
     from .registration import register_all
 
     compat.apply()
