@@ -5,8 +5,10 @@ from MMDetection and MMSegmentation configs alike.
 """
 from __future__ import annotations
 
+from mmcv.cnn import Conv2d, Conv3d, Linear
 from mmengine.registry import HOOKS, MODELS
 
+from .convert import treat_as_plain
 from .engine.hooks import KWTemperatureHook, RandomStateHook
 from .layers import KWConv1d, KWConv2d, KWConv3d, KWLinear
 from .models import KWConvNeXt, KWMobileNetV2, KWResNet
@@ -21,3 +23,6 @@ def register_all() -> None:
         MODELS.register_module(name=[name, name.replace('KW', 'KW_')], module=backbone)
     for hook in (KWTemperatureHook, RandomStateHook):
         HOOKS.register_module(module=hook)
+    # mmcv's wrappers differ for empty batches under torch 1.4 alone; its transformers use Linear.
+    for wrapper in (Conv2d, Conv3d, Linear):
+        treat_as_plain(wrapper)
