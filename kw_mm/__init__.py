@@ -19,13 +19,21 @@ __all__ = ['ConvSpec', 'KWConv1d', 'KWConv2d', 'KWConv3d', 'KWLinear', 'Warehous
            'WarehousePlan', '__version__', 'convert_to_kw_', 'plan_warehouses',
            'set_temperature']
 
-_OPENMMLAB_NAMES = ['KWConvNeXt', 'KWMobileNetV2', 'KWResNet', 'KWTemperatureHook',
-                    'RandomStateHook']
+_OPENMMLAB_NAMES = ['KWConvNeXt', 'KWConverted', 'KWMobileNetV2', 'KWResNet',
+                    'KWTemperatureHook', 'RandomStateHook', 'StaticPretrained',
+                    'static_checkpoint_to_kw']
 
 if find_spec('mmengine') and find_spec('mmcv'):
     from . import compat
     from .engine.hooks import KWTemperatureHook, RandomStateHook  # noqa: F401
-    from .models import KWConvNeXt, KWMobileNetV2, KWResNet  # noqa: F401
+    from .models import (  # noqa: F401
+        KWConverted,
+        KWConvNeXt,
+        KWMobileNetV2,
+        KWResNet,
+        StaticPretrained,
+        static_checkpoint_to_kw,
+    )
     from .registration import register_all
 
     compat.apply()

@@ -18,7 +18,8 @@ from kw_mm.layers import Attention, WarehouseManager
 
 MODULES = {
     # Thin or shallow, but with every kind of layer of the full ones.
-    'regnet': (dict(type='RegNet', arch='regnetx_400mf'), False),
+    'regnet': (dict(type='RegNet', arch=dict(
+        w0=24, wa=36, wm=2.5, group_w=8, depth=8, bot_mul=1.0)), False),
     'res2net': (dict(type='Res2Net', depth=50, scales=4, base_width=26, num_stages=2,
                      strides=(1, 2), dilations=(1, 1), out_indices=(0, 1)), False),
     'swin': (dict(type='SwinTransformer', embed_dims=32, depths=(2, 2), num_heads=(2, 4),
