@@ -210,7 +210,8 @@ def run(work_dir, init_cfg, max_epochs=1, **kwargs):
     model = Classifier(dict(type='KWConverted', module=dict(**REGNET, init_cfg=init_cfg)))
     runner = Runner(
         model, str(work_dir), dict(
-            dataset=[dict(inputs=torch.randn(3, 32, 32)) for _ in range(2)], batch_size=2, num_workers=0,
+            dataset=[dict(inputs=torch.randn(3, 32, 32)) for _ in range(2)], batch_size=2,
+            num_workers=0,
             sampler=dict(type=DefaultSampler, shuffle=False),
             collate_fn=dict(type='default_collate')),
         train_cfg=dict(by_epoch=True, max_epochs=max_epochs),
