@@ -51,6 +51,7 @@ class _KWConvNd(nn.Module):
     static_type: type[nn.Module]
 
     transposed = False  # read by mmcv.cnn.ConvModule, as output_padding is
+    is_init = False  # read by mmengine before it calls init_weights
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int | Sequence[int],
                  stride: int | Sequence[int] = 1, padding: int | Sequence[int] | str = 0,
@@ -139,7 +140,12 @@ class _KWConvNd(nn.Module):
         return self.manager.cells(self.plan.warehouse)
 
     def init_weights(self) -> None:
-        """Draws initial values again; OpenMMLab calls it. Shared cells are left to their owner."""
+        """Draws initial values again; OpenMMLab calls it. Shared cells are left to their owner.
+
+        A layer that started from a static one's weights keeps them.
+        """
+        if self.is_init:
+            return
         if 'warehouse_manager' in self._modules:
             self.warehouse_manager.reset_parameters()
         self.attention.reset_parameters()

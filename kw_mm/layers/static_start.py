@@ -88,7 +88,8 @@ def start_from_static_(layers: Iterable[LayerWeights]) -> StartReport:
     """Sets cells, attentions and biases so that KW layers compute what static ones do.
 
     Computed in float64 and rounded to the layers' own dtype in the end. What is not needed keeps
-    its random values: fc1 and norm1, fc3, and cells that no mixture starts from.
+    its random values: fc1 and norm1, fc3, and cells that no mixture starts from. A later
+    ``init_weights`` of the layers does nothing.
 
     Args:
         layers: KW convolutions, each with its static weight ``(out, in / groups, *k)`` and bias
@@ -146,6 +147,8 @@ def _start_warehouse(index: int, warehouse: Warehouse,
     for layer, _, bias in members:
         if bias is not None:
             layer.bias.copy_(bias)
+        # For mmengine, which would otherwise have the layer draw its weights anew.
+        layer.is_init = True
     report = dict(warehouse=index, layers=tuple(p.spec.name for p in warehouse.layers),
                   num_cells=warehouse.num_cells, num_mixtures=warehouse.num_mixtures, exact=exact)
     if cells.is_meta:

@@ -13,7 +13,7 @@ from mmengine.runner import Runner
 from mmseg.registry import MODELS as SEG_MODELS
 from torch import nn
 
-from kw_mm import KWConv2d, KWConverted, KWLinear
+from kw_mm import KWConv2d, KWConverted, KWLinear, convert_to_kw_
 
 REGNET = dict(type='mmdet.RegNet', arch=dict(w0=24, wa=36, wm=2.5, group_w=8, depth=8, bot_mul=1.0),
               norm_eval=True)
@@ -73,6 +73,19 @@ def test_a_detector_starts_from_the_static_weights_of_its_backbone(regnet):
     assert (parent.head.weight == 3).all()
     assert close(parent.backbone(x), static(x))
     assert torch.equal(parent.backbone.conv1.weight, static.conv1.weight)
+
+
+def test_mmengine_leaves_layers_alone_that_were_converted_in_python():
+    fpn = DET_MODELS.build(dict(type='FPN', in_channels=[32, 32], out_channels=32, num_outs=2))
+    linear = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    owner = BaseModule()
+    owner.fpn, owner.linear, owner.conv = fpn, linear, KWConv2d.from_conv(nn.Conv2d(16, 16, 3))
+    convert_to_kw_(owner, linear=True)
+    before = {k: v.clone() for k, v in owner.state_dict().items()}
+    owner.init_weights()
+    linear[0].init_weights()
+    owner.conv.init_weights()
+    assert all(torch.equal(v, before[k]) for k, v in owner.state_dict().items())
 
 
 def test_building_loads_nothing_and_initialising_does():

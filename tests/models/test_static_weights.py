@@ -8,7 +8,7 @@ from mmengine.model import BaseModule
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from torch import nn
 
-from kw_mm import KWConv2d, KWConvNeXt, KWMobileNetV2, KWResNet, StaticPretrained
+from kw_mm import KWConvNeXt, KWMobileNetV2, KWResNet, StaticPretrained
 from kw_mm.convert.keys import rename_keys, reverse
 from kw_mm.convert.state_dict import static_shapes
 from kw_mm.models import checkpoint_names, static_weights
@@ -165,9 +165,9 @@ class Drawing(nn.Sequential):
     """Draws weights anew when mmengine comes to it."""
 
     def init_weights(self):
-        for layer in self.modules():
-            if isinstance(layer, KWConv2d):
-                layer.init_weights()
+        for module in self.modules():
+            if hasattr(module, 'reset_parameters'):
+                module.reset_parameters()
 
 
 def test_nothing_is_drawn_anew_afterwards(tmp_path):
