@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -42,7 +43,19 @@ def start_from_state_dict_(module: nn.Module, state_dict: Mapping[str, Tensor]) 
         for layer, names in layers.items())
     own = module.state_dict()
     module.load_state_dict({k: v for k, v in fitted.items() if k in own}, strict=False)
-    return report
+    return _with_paths(report, layers)
+
+
+def _with_paths(report: StartReport,
+                layers: Mapping[nn.Module, Sequence[str]]) -> StartReport:
+    """Names layers by their paths in the whole module, not in the one their manager belongs to."""
+    paths: dict[nn.Module, dict[int, list[str]]] = {}
+    for layer, names in layers.items():
+        warehouses = paths.setdefault(layer.manager, {})
+        warehouses.setdefault(layer.plan.warehouse, []).append(names[0])
+    labels = [names for warehouses in paths.values() for _, names in sorted(warehouses.items())]
+    return StartReport(tuple(replace(start, layers=tuple(names)) for start, names
+                             in zip(report.warehouses, labels)))
 
 
 def find_kw_layers(module: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
