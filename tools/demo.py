@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,23 +18,15 @@ from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.runner import Runner, find_latest_checkpoint
 
-from kw_mm.compat import has_accelerator
 from kw_mm.datasets import write_shapes
-from kw_mm.engine.checkpoint import check_checkpoint
+from kw_mm.engine.local_training import find_trained, train_locally, use_shapes
 from kw_mm.table import format_table
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs' / 'demo' / 'mask-rcnn_kw1x-r18_fpn_shapes.py'
-# On CPUs so many tensors are small that two processes of one thread each train faster than one
-# of two.
-MAX_PROCESSES = 2
 NUM_PICTURES = 12
 ZOOM = 4  # labels are unreadable at the size of the images
 TIME_FILE = 'training_seconds.json'
-# One thread per process, and glibc keeps freed memory: mapping and unmapping the kernels of each
-# iteration anew takes a fifth of its time on a CPU.
-ENVIRONMENT = {'OMP_NUM_THREADS': '1', 'MALLOC_MMAP_MAX_': '0',
-               'MALLOC_TRIM_THRESHOLD_': str(2**33), 'MALLOC_TOP_PAD_': str(2**27)}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -58,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f'{args.num_train} + {args.num_val} images in {files.root}'
           f'{"" if files.written else " (were there)"}')
 
-    trained = find_trained(args)
+    epochs = args.epochs or Config.fromfile(args.config).train_cfg.max_epochs
+    trained = find_trained(args.work_dir, epochs)
     if trained:
         print(f'== 2/4 training: {trained} is trained already', flush=True)
     else:
@@ -79,24 +69,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def options(args: argparse.Namespace) -> dict[str, Any]:
     """What the arguments change in the config, by dotted names."""
-    loaders = ('train_dataloader', 'val_dataloader', 'test_dataloader')
-    changes = {f'{loader}.dataset.data_root': args.data for loader in loaders}
-    for evaluator in ('val_evaluator', 'test_evaluator'):
-        changes[f'{evaluator}.ann_file'] = f'{args.data}/annotations/instances_val.json'
+    changes = use_shapes(args.data)
     if args.epochs:
         changes['train_cfg.max_epochs'] = args.epochs
     return changes
-
-
-def find_trained(args: argparse.Namespace) -> str | None:
-    """The checkpoint of a finished training, if there is one."""
-    latest = find_latest_checkpoint(args.work_dir)
-    if latest is None:
-        return None
-    check_checkpoint(latest, resume=True)
-    done = torch.load(latest, map_location='cpu', mmap=True)['meta']['epoch']
-    wanted = args.epochs or Config.fromfile(args.config).train_cfg.max_epochs
-    return latest if done >= wanted else None
 
 
 def train(args: argparse.Namespace) -> str:
@@ -104,18 +80,10 @@ def train(args: argparse.Namespace) -> str:
     record = Path(args.work_dir, TIME_FILE)
     resumed = find_latest_checkpoint(args.work_dir) and record.exists()
     before = json.loads(record.read_text()) if resumed else 0
-    num_processes = 1 if has_accelerator() else min(MAX_PROCESSES, os.cpu_count() or 1)
-    batch_size = Config.fromfile(args.config).train_dataloader.batch_size // num_processes
-    changes = {**options(args), 'train_dataloader.batch_size': batch_size}
     start = time.perf_counter()
-    subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone',
-         f'--nproc_per_node={num_processes}', ROOT / 'tools' / 'train.py', args.config,
-         '--launcher', 'pytorch', '--work-dir', args.work_dir, '--resume',
-         '--cfg-options', *(f'{name}={value}' for name, value in changes.items())],
-        check=True, env={**ENVIRONMENT, **os.environ})
+    trained = train_locally(ROOT / 'tools' / 'train.py', args.config, args.work_dir, options(args))
     record.write_text(json.dumps(before + time.perf_counter() - start))
-    return find_latest_checkpoint(args.work_dir)
+    return trained
 
 
 def draw(runner: Runner, folder: Path) -> Path:

@@ -1,8 +1,11 @@
-"""Checks of checkpoint files, made before a run spends minutes on everything else."""
+"""Checkpoint files: checked before a run spends minutes on everything else, read, written."""
 from __future__ import annotations
 
+import os
 import re
 import zipfile
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +30,76 @@ def check_checkpoint(path: str, resume: bool = False) -> None:
     # Two letters at least: one is a drive.
     if re.match(r'\w[\w-]+:', path):
         return
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise FileNotFoundError(f'checkpoint {path!r} does not exist')
-    checkpoint = _read(file, path)
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f'checkpoint {path!r} must hold a dict, got {type(checkpoint).__name__}')
+    # Not weights_only: what torch's default allows is what mmengine will get.
+    checkpoint = _read(path)
     missing = {'state_dict', 'meta', 'message_hub'} - set(checkpoint)
     if resume and missing:
         raise ValueError(f'checkpoint {path!r} cannot be resumed from, it has no '
                          f'{sorted(missing)}; to start from its weights, set load_from')
 
 
-def _read(file: Path, path: str) -> Any:
+def read_checkpoint(path: str, allowed: Sequence[type] = ()) -> dict:
+    """Reads a checkpoint on the CPU, tensors and plain values alone.
+
+    Before torch 2.6 files that hold more than that, such as mmengine's own with the logged
+    history, are refused.
+
+    Args:
+        path: Of the file.
+        allowed: Classes of which the file may hold objects as well. Before torch 2.5 there is no
+            way to allow any.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is cut off, is no checkpoint or holds what is not allowed.
+    """
+    safe_globals = getattr(torch.serialization, 'safe_globals', lambda classes: nullcontext())
+    with safe_globals(list(allowed)):
+        return _read(path, weights_only=True)
+
+
+def write_checkpoint(checkpoint: Mapping[str, Any], path: str, overwrite: bool = False) -> None:
+    """Writes a checkpoint, all of it or none: an interrupted one leaves no file of that name.
+
+    Args:
+        checkpoint: What to write.
+        path: Of the file. Folders that do not exist are made.
+        overwrite: Whether to replace a file.
+
+    Raises:
+        FileExistsError: If there is one and it is not to be replaced.
+        OSError: If it cannot be written.
+    """
+    file = Path(path).expanduser()
+    check_destination(path, overwrite)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f'.{file.name}.{os.getpid()}.tmp')
+    try:
+        with unfinished.open('wb') as stream:
+            torch.save(dict(checkpoint), stream)
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def check_destination(path: str, overwrite: bool = False) -> None:
+    """Checks that a file may be written, before the work is done that fills it.
+
+    Raises:
+        FileExistsError: If there is one and it is not to be replaced.
+        IsADirectoryError: If it is a folder.
+    """
+    file = Path(path).expanduser()
+    if file.is_dir():
+        raise IsADirectoryError(f'{path!r} must be a file to write, it is a folder')
+    if file.exists() and not overwrite:
+        raise FileExistsError(f'{path!r} exists already')
+
+
+def _read(path: str, **kwargs: Any) -> dict:
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f'checkpoint {path!r} does not exist')
     with file.open('rb') as stream:
         is_archive = stream.read(2) == b'PK'
     # The directory of an archive is its end; torch would say no more than "not found".
@@ -47,10 +107,13 @@ def _read(file: Path, path: str) -> Any:
         raise ValueError(f'checkpoint {path!r} is cut off: its writing was interrupted, or it was '
                          'not copied to the end')
     try:
-        # Not weights_only: what torch's default allows is what mmengine will get.
-        return torch.load(str(file), map_location='cpu', mmap=is_archive or None)
+        # Mapped, tensors are not read before they are used.
+        checkpoint = torch.load(str(file), map_location='cpu', mmap=is_archive or None, **kwargs)
     except Exception as error:
         raise ValueError(f'checkpoint {path!r} {_reason(error)}') from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f'checkpoint {path!r} must hold a dict, got {type(checkpoint).__name__}')
+    return checkpoint
 
 
 def _reason(error: Exception) -> str:

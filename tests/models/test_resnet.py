@@ -3,6 +3,7 @@
 import pytest
 import torch
 from mmdet.models.backbones import ResNet
+from mmseg.models.backbones import ResNet as SegResNet
 from torch import nn
 
 from kw_mm import KWConv2d, KWResNet, set_temperature
@@ -100,6 +101,32 @@ def test_freezing_random_weights_is_said(frozen_stages, warnings, monkeypatch):
     assert all('stay at their random initial values' in message for message in said)
 
 
+@pytest.mark.parametrize('kwargs', [
+    dict(contract_dilation=True), dict(contract_dilation=True, multi_grid=(1, 2, 4)),
+    dict(deep_stem=True, avg_down=True, contract_dilation=True)])
+def test_the_static_twin_is_mmsegs_dilated_resnet(kwargs):
+    torch.manual_seed(0)
+    common = dict(depth=50, stem_channels=8, base_channels=8, strides=(1, 2, 1, 1),
+                  dilations=(1, 1, 2, 4), **kwargs)
+    model = KWResNet(**common, static=True).double().eval()
+    other = SegResNet(**common).double()
+    other.eval()
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight), nn.init.uniform_(norm.running_mean)
+    other.load_state_dict(model.state_dict())
+    x = torch.randn(1, 3, 64, 96).double()
+    for actual, expected in zip(model(x), other(x), strict=True):
+        torch.testing.assert_close(actual, expected)
+    dynamic = KWResNet(**common)
+    assert [conv.dilation for conv in three_by_three(dynamic)] == [
+        conv.dilation for conv in three_by_three(model)]
+
+
+def three_by_three(model):
+    return [m for m in model.modules()
+            if isinstance(m, (nn.Conv2d, KWConv2d)) and m.kernel_size == (3, 3)]
+
+
 @pytest.mark.parametrize('kwargs, error, message', [
     (dict(depth=35), ValueError, r'depth must be one of \[18, 34, 50, 101, 152\], got 35'),
     (dict(style='caffe'), ValueError, "style must be one of .*got 'caffe'"),
@@ -109,6 +136,8 @@ def test_freezing_random_weights_is_said(frozen_stages, warnings, monkeypatch):
     (dict(out_indices=()), ValueError, r'out_indices must be rising'),
     (dict(strides=(1, 2)), ValueError, r'strides must hold .*4 stages, got \(1, 2\)'),
     (dict(dilations=(1, 1, 0, 1)), ValueError, 'dilations must hold a positive'),
+    (dict(multi_grid=(1, 2)), ValueError, r'multi_grid must hold .*3 blocks .*got \(1, 2\)'),
+    (dict(multi_grid=(1, 0, 1)), ValueError, 'multi_grid must hold a positive'),
     (dict(drop_path_rate=1), ValueError, r'drop_path_rate must be in \[0, 1\), got 1'),
     (dict(kw_cfg=dict(cell_num_ratio='4x')), TypeError, "cell_num_ratio must be .*got '4x'"),
     (dict(kw_cfg=dict(cell_num_ratio=(1, 2, 4))), ValueError, '4 warehouses, got 3 entries'),

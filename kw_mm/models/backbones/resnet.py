@@ -105,8 +105,9 @@ class KWResNet(KWBackbone):
     conv1 and the shortcut's. State-dict keys are torchvision's, cells under
     ``warehouse_manager.weights.<stage>``.
 
-    Options are those of ``mmdet.ResNet``, save that stride always sits on the 3x3
-    (``style='pytorch'``), and ``kw_cfg``, ``drop_path_rate`` and ``freeze_cells`` are ours.
+    Options are those of ``mmdet.ResNet`` and ``mmseg.ResNet``, save that stride always sits
+    on the 3x3 (``style='pytorch'``), and ``kw_cfg``, ``static``, ``drop_path_rate`` and
+    ``freeze_cells`` are ours.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
@@ -116,6 +117,8 @@ class KWResNet(KWBackbone):
         num_stages: How many stages, 1 to 4.
         strides: Stride of each stage's first block.
         dilations: Dilation of each stage.
+        contract_dilation: Whether a dilated stage's first block has half the dilation.
+        multi_grid: Dilation of each block of the last stage, in the place of that stage's.
         out_indices: Stages whose outputs are returned, rising.
         style: ``'pytorch'``.
         deep_stem: Whether three 3x3 convolutions make the stem instead of one 7x7.
@@ -150,6 +153,7 @@ class KWResNet(KWBackbone):
     def __init__(self, depth: int, in_channels: int = 3, stem_channels: int | None = None,
                  base_channels: int = 64, num_stages: int = 4,
                  strides: Sequence[int] = (1, 2, 2, 2), dilations: Sequence[int] = (1, 1, 1, 1),
+                 contract_dilation: bool = False, multi_grid: Sequence[int] | None = None,
                  out_indices: Sequence[int] = (0, 1, 2, 3), style: str = 'pytorch',
                  deep_stem: bool = False, avg_down: bool = False, frozen_stages: int = -1,
                  freeze_cells: bool = False, norm_cfg: Mapping[str, Any] | None = None,
@@ -169,8 +173,12 @@ class KWResNet(KWBackbone):
         check_drop_path_rate(drop_path_rate)
         stem_channels = stem_channels or base_channels
         block_convs, depths = self.arch_settings[depth]
-        blocks = list(_layout(block_convs, depths[:num_stages], stem_channels, base_channels,
-                              strides, dilations))
+        depths = depths[:num_stages]
+        if multi_grid is not None and (len(multi_grid) != depths[-1] or min(multi_grid) < 1):
+            raise ValueError(f'multi_grid must hold a positive integer for each of the '
+                             f'{depths[-1]} blocks of the last stage, got {multi_grid!r}')
+        blocks = list(_layout(block_convs, stem_channels, base_channels, strides, _dilations(
+            depths, dilations, contract_dilation, multi_grid)))
         super().__init__(_dynamic_convs(blocks, avg_down), kw_cfg, static, frozen_stages,
                          freeze_cells, norm_eval, init_cfg)
         self.depth = depth
@@ -213,6 +221,12 @@ class KWResNet(KWBackbone):
             if i in self.out_indices:
                 outputs.append(x)
         return tuple(outputs)
+
+    @property
+    def static_extras(self) -> tuple[str, ...]:
+        """Classifiers, and stages beyond ``num_stages``."""
+        return (*KWBackbone.static_extras,
+                *(f'layer{stage}.' for stage in range(self.num_stages + 1, 5)))
 
     def _add_stem(self, in_channels: int, channels: int, norm_cfg: Mapping[str, Any]) -> None:
         self.relu = nn.ReLU(inplace=True)
@@ -261,13 +275,24 @@ class KWResNet(KWBackbone):
         return self.stages[self.out_indices[-1] + 1:]
 
 
-def _layout(block_convs: Callable[..., list[ConvArgs]], depths: Sequence[int], in_channels: int,
-            base_channels: int, strides: Sequence[int],
-            dilations: Sequence[int]) -> Iterator[BlockArgs]:
-    for stage, depth in enumerate(depths):
-        for index in range(depth):
+def _dilations(depths: Sequence[int], dilations: Sequence[int], contract: bool,
+               multi_grid: Sequence[int] | None) -> list[list[int]]:
+    """The dilation of each block, stage by stage."""
+    blocks = [[dilation] * depth for depth, dilation in zip(depths, dilations)]
+    if contract:
+        for stage in blocks:
+            stage[0] = max(stage[0] // 2, 1)
+    if multi_grid is not None:
+        blocks[-1] = list(multi_grid)
+    return blocks
+
+
+def _layout(block_convs: Callable[..., list[ConvArgs]], in_channels: int, base_channels: int,
+            strides: Sequence[int], dilations: Sequence[Sequence[int]]) -> Iterator[BlockArgs]:
+    for stage, block_dilations in enumerate(dilations):
+        for index, dilation in enumerate(block_dilations):
             stride = strides[stage] if index == 0 else 1
-            convs = block_convs(in_channels, base_channels * 2**stage, stride, dilations[stage])
+            convs = block_convs(in_channels, base_channels * 2**stage, stride, dilation)
             out_channels = convs[-1].out_channels
             changes = stride != 1 or in_channels != out_channels
             yield BlockArgs(stage, index, convs, ConvArgs(

@@ -1,0 +1,110 @@
+"""What a conversion has done, for people to read."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from .layout import listed
+from .settings import Setting
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What was found in a checkpoint and what became of it; prints as a few lines.
+
+    Attributes:
+        family: ``'ResNet'``, ``'ConvNeXt'`` or ``'MobileNetV2'``.
+        kind: ``'classifier'``, ``'backbone'``, ``'detector'`` or ``'segmentor'``.
+        backbone: The config dict that builds the backbone.
+        setting: The released model that it is, or None if it is another.
+        to_official: Whether the conversion was towards the authors' layout.
+        container: The entry of the authors' file with the weights, None if it has no entries.
+        choices: All entries of the file that hold weights, where the authors' file was read.
+        num_tensors: Tensors written, of them ``num_backbone`` of the backbone.
+        num_backbone: See there.
+        parts: Names of the other parts of a detector, passed on as they are.
+        dropped: Keys of tensors that were not written: a classifier, or norms added before.
+        added: Keys of tensors that were not in the file: norms of 1 and 0.
+        kept: Keys of norms that were added before and have been trained since.
+        left_out: Entries of the file that were not written; they hold no weights, or others.
+        has_classes: Whether the names of a detector's classes are known.
+    """
+
+    family: str
+    kind: str
+    backbone: dict[str, Any]
+    setting: Setting | None
+    to_official: bool
+    container: str | None
+    choices: tuple[str, ...]
+    num_tensors: int
+    num_backbone: int
+    parts: tuple[str, ...]
+    dropped: tuple[str, ...]
+    added: tuple[str, ...]
+    kept: tuple[str, ...]
+    left_out: tuple[str, ...]
+    has_classes: bool
+
+    @property
+    def name(self) -> str:
+        """Of the released model, or that it is none."""
+        return self.setting.name if self.setting else 'no released model'
+
+    @property
+    def budget(self) -> str:
+        """``'1/2x'``; of no released model what its config says, ``'cell_num_ratio=0.3'``."""
+        if self.setting:
+            return self.setting.budget
+        return f'cell_num_ratio={self.backbone["kw_cfg"]["cell_num_ratio"]}'
+
+    @property
+    def config(self) -> str | None:
+        """Path of the matching detection config in the repository, if there is one."""
+        return self.setting.config if self.setting else None
+
+    @property
+    def backbone_code(self) -> str:
+        """The backbone as it is written in a config."""
+        return f'backbone={as_code(self.backbone)}'
+
+    def __str__(self) -> str:
+        return '\n'.join(f'{title:<10}{text}' for title, text in self._lines())
+
+    def _lines(self) -> Iterable[tuple[str, str]]:
+        yield 'found', f'{self.kind}, KW-{self.family} {self.budget} ({self.name})'
+        where = repr(self.container) if self.container else 'directly in the file'
+        if self.to_official:
+            yield 'weights', f"in the authors' layout, {where}"
+        elif len(self.choices) > 1:
+            average = ', the moving average' if self.container == 'model_ema' else ''
+            yield 'weights', f'{where}{average}; the file also holds ' + ', '.join(
+                repr(name) for name in self.choices if name != self.container)
+        else:
+            yield 'weights', where
+        others = f', passed on as they are: {", ".join(self.parts)}' if self.parts else ''
+        yield 'tensors', f"{self.num_tensors}, {self.num_backbone} of them the backbone's{others}"
+        if self.dropped:
+            why = 'norms of 1 and 0 added before' if self.to_official else 'the classifier'
+            yield 'dropped', f'{why}: {listed(self.dropped)}'
+        if self.added:
+            yield 'added', ('norms of the outputs, 1 and 0, which a classifier does not have: '
+                            + listed(self.added))
+        if self.kept:
+            yield 'kept', ('norms that a classifier does not have, as they are no longer 1 and 0: '
+                           + listed(self.kept))
+        if self.left_out:
+            yield 'left out', listed(self.left_out)
+        if self.kind in ('detector', 'segmentor') and not self.has_classes:
+            yield 'classes', 'not named in the file'
+        if not self.to_official:
+            yield 'config', self.config or 'none in configs/ for this model'
+            yield 'backbone', self.backbone_code
+
+
+def as_code(value: Any) -> str:
+    """A plain value as in a config, dicts as calls."""
+    if isinstance(value, dict):
+        return f'dict({", ".join(f"{k}={as_code(v)}" for k, v in value.items())})'
+    return repr(value)
