@@ -17,6 +17,8 @@ from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..layers import Attention, KWConv1d, KWConv2d, KWConv3d, WarehouseManager
@@ -26,13 +28,13 @@ SIZE_DIVISOR = 32  # to which detectors pad their images
 
 @dataclass(frozen=True)
 class Complexity:
-    """Size of a module and the cost of one image.
+    """Size of a module and the cost of its input, of one image where nothing else is said.
 
     Attributes:
         parameters: All of them, frozen ones included.
         cell_parameters: Of these, in kernel cells.
         attention_parameters: Of these, in attentions.
-        flops: Multiply-adds of one image, those of the next two included.
+        flops: Multiply-adds, those of the next two included.
         attention_flops: In the attentions' linear layers, for each layer ``C * hidden + hidden *
             m * (n + 1)``, or with a non-local basis what its three layers have.
         assembly_flops: In mixing cells to kernels, ``m * n`` times the size of a cell for each
@@ -61,11 +63,11 @@ class _Counted(nn.Module):
 
 def measure_module(module: nn.Module, x: Tensor, run: Callable[..., Any] = nn.Module.__call__,
                    parts: Sequence[str] = ()) -> dict[str, Complexity]:
-    """Measures a module and parts of it in one run on one sample.
+    """Measures a module and parts of it in one run.
 
     Args:
         module: It is set to evaluation. On the device of ``x``; meta will do.
-        x: Its input, ``(1, C, *spatial)``.
+        x: Its input, ``(N, C, *spatial)``; FLOPs are those of all N samples.
         run: What to run, called with the module and ``x``; the module itself by default.
         parts: Names of modules inside that are called in the run.
 
@@ -73,11 +75,8 @@ def measure_module(module: nn.Module, x: Tensor, run: Callable[..., Any] = nn.Mo
         Measures of the parts and, as ``''``, of the module.
 
     Raises:
-        ValueError: If ``x`` has more or less than one sample or a part was not called.
+        ValueError: If a part was not called, or there is nothing to compute in it.
     """
-    if len(x) != 1:
-        # Only there is a dynamic convolution one of torch's, told from the other products.
-        raise ValueError(f'x must hold one sample, got {len(x)}')
     root = _Counted(module.eval(), run)
     counter = FlopCounterMode(display=False, depth=None)
     with torch.no_grad(), counter:
@@ -87,7 +86,8 @@ def measure_module(module: nn.Module, x: Tensor, run: Callable[..., Any] = nn.Mo
               for path, ops in counter.get_flop_counts().items()}
     for part in parts:
         if f'_Counted.model.{part}' not in counts:
-            raise ValueError(f'parts must be modules that are called and compute, got {part!r}')
+            raise ValueError(f'parts must be modules that are called in the run and compute, '
+                             f'got {part!r}')
     return {part: _complexity(module.get_submodule(part), part, counts) for part in ('', *parts)}
 
 
@@ -99,9 +99,9 @@ def _complexity(module: nn.Module, part: str,
     attention = assembly = 0
     for path, layer in module.named_modules():
         if isinstance(layer, (KWConv1d, KWConv2d, KWConv3d)):
-            logits = sum(ops(path, 'attention').values())
-            attention += logits
-            assembly += sum(ops(path).values()) - logits - ops(path).get('aten.convolution', 0)
+            attention += sum(ops(path, 'attention').values())
+            # The one plain product outside the attention: of mixing weights and cells.
+            assembly += ops(path).get('aten.mm', 0) - ops(path, 'attention').get('aten.mm', 0)
     return Complexity(
         parameters=_num_parameters([module]),
         cell_parameters=_num_parameters(
@@ -128,7 +128,8 @@ def measure_config(cfg: Config, size: tuple[int, int] | None = None,
     lets through: ``rpn.max_per_img`` proposals, ``rcnn.max_per_img`` masks. The stages of a
     cascade all count. RTMDet-Ins's masks, a tiny network for each box found, do not.
 
-    Models whose shapes hang on values, such as DINO, take a real run on the CPU, and seconds.
+    Models whose shapes hang on values, such as DINO, run on the CPU, with zeros for whatever a
+    convolution or a product would give.
 
     Args:
         cfg: The config; its ``default_scope`` tells the toolbox.
@@ -147,7 +148,8 @@ def measure_config(cfg: Config, size: tuple[int, int] | None = None,
         return _measure_on('meta', cfg, height, width, parts)
     # A value was asked for where there is none. What else is wrong fails again.
     except RuntimeError:
-        return _measure_on('cpu', cfg, height, width, parts)
+        with _ZeroProducts():
+            return _measure_on('cpu', cfg, height, width, parts)
 
 
 def _measure_on(device: str, cfg: Config, height: int, width: int,
@@ -158,6 +160,20 @@ def _measure_on(device: str, cfg: Config, height: int, width: int,
         model = revert_sync_batchnorm(MODELS.build(copy.deepcopy(cfg.model)))
         image = torch.zeros(1, 3, height, width)
         return measure_module(model, image, _run, parts)
+
+
+class _ZeroProducts(TorchDispatchMode):
+    """Spares a run its costly operations: zeros of the right shape are their results."""
+
+    costly = {torch.ops.aten.convolution.default, torch.ops.aten.mm.default,
+              torch.ops.aten.addmm.default, torch.ops.aten.bmm.default,
+              torch.ops.aten.grid_sampler_2d.default}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func not in self.costly:
+            return func(*args, **(kwargs or {}))
+        shapes = tree_map_only(Tensor, lambda tensor: tensor.to('meta'), args)
+        return torch.zeros_like(func(*shapes, **(kwargs or {})), device='cpu')
 
 
 def _run(model: nn.Module, image: Tensor) -> None:

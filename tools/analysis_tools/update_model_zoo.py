@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,17 +31,18 @@ ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = '<!-- begin: model zoo -->', '<!-- end: model zoo -->'
 
 BACKBONES = {'r18': 'ResNet18', 'r50': 'ResNet50', 'convnext-t': 'ConvNeXt-T',
-             'mobilenet-v2': 'MobileNetV2'}
+             'mobilenet-v2': 'MobileNetV2', 'swin-t-p4-w7': 'Swin-T',
+             'regnetx-3.2GF': 'RegNetX-3.2GF'}
 # What evaluators call the metrics that a metafile reports.
 METRICS = {'bbox': 'box AP', 'segm': 'mask AP', 'mIoU': 'mIoU'}
 # Folders whose configs are no entries of the zoo and need no metafile.
-REMARKS = {'demo': 'measured here, see the [README](../../README.md)',
+REMARKS = {'demo': 'trained here, see above',
            'custom': 'a template for your own data'}
 
 LEGEND = """\
 Parameters and FLOPs are computed, see `python tools/analysis_tools/model_complexity.py --help`. A
 FLOP is a multiply-add; the image has the size given (height x width). KW FLOPs, a part of the
-backbone's, go into its attentions and the assembly of its kernels."""
+others, go into attentions and the assembly of kernels."""
 
 
 def readmes(root: Path = ROOT) -> list[Path]:
@@ -76,7 +78,7 @@ def folder_table(folder: Path) -> str:
         rows.append((
             *network(model['Name']), training(cfg), '{} x {}'.format(*input_size(cfg)),
             millions(whole.parameters), billions(whole.flops), millions(backbone.parameters),
-            billions(backbone.flops), billions(backbone.attention_flops + backbone.assembly_flops),
+            billions(backbone.flops), billions(whole.attention_flops + whole.assembly_flops),
             *(f'{results[metric]:.1f}' if metric in results else '-' for metric in metrics),
             f'*{REMARKS.get(folder.name, remark)}*', f'[config]({model["Name"]}.py)'))
     header = ('Backbone', 'Budget', 'Training', 'Image', 'Params (M)', 'FLOPs (G)',
@@ -101,10 +103,11 @@ def published(model: Mapping[str, Any]) -> dict[str, float]:
 
 def network(name: str) -> tuple[str, str]:
     """Backbone and budget from a name in MMDetection's order, method_backbone_..."""
-    budget, is_kw, backbone = name.split('_')[1].rpartition('x-')
-    if is_kw and budget.startswith('kw'):
-        return f'KW-{BACKBONES.get(backbone, backbone)}', budget[2:].replace('d', '/')
-    return BACKBONES.get(name.split('_')[1], name.split('_')[1]), 'static'
+    backbone = name.split('_')[1]
+    dynamic = re.fullmatch(r'kw(\d+(?:d\d+)?)x-(.+)', backbone)
+    if dynamic:
+        return f'KW-{BACKBONES.get(dynamic[2], dynamic[2])}', dynamic[1].replace('d', '/')
+    return BACKBONES.get(backbone, backbone), 'static'
 
 
 def evaluated(cfg: Config) -> list[str]:
@@ -122,8 +125,9 @@ def listed(value: Any) -> list[Any]:
 def training(cfg: Config) -> str:
     """How a config trains: how long, and whether in mixed precision."""
     loop = cfg.train_cfg
-    length = f'{loop.max_epochs} epochs' if 'max_epochs' in loop else (
-        f'{loop.max_iters:,} iterations')
+    number, unit = (loop.max_epochs, 'epoch') if 'max_epochs' in loop else (
+        loop.max_iters, 'iteration')
+    length = f'{number:,} {unit}{"s" * (number != 1)}'
     is_mixed = cfg.optim_wrapper.type == 'AmpOptimWrapper'
     return f'{length}, {cfg.optim_wrapper.get("dtype", "float16")}' if is_mixed else length
 
