@@ -11,14 +11,17 @@ from .versions import __version__, check_versions
 check_versions()
 
 from .config import WarehouseConfig  # noqa: E402
+from .convert import convert_to_kw_  # noqa: E402
 from .layers import KWConv1d, KWConv2d, KWConv3d, KWLinear, set_temperature  # noqa: E402
 from .plan import ConvSpec, WarehousePlan, plan_warehouses  # noqa: E402
 
 __all__ = ['ConvSpec', 'KWConv1d', 'KWConv2d', 'KWConv3d', 'KWLinear', 'WarehouseConfig',
-           'WarehousePlan', '__version__', 'plan_warehouses', 'set_temperature']
+           'WarehousePlan', '__version__', 'convert_to_kw_', 'plan_warehouses',
+           'set_temperature']
 
-_OPENMMLAB_NAMES = ['ConversionReport', 'KWConvNeXt', 'KWMobileNetV2', 'KWResNet',
-                    'KWTemperatureHook', 'RandomStateHook', 'convert_official_checkpoint',
+_OPENMMLAB_NAMES = ['ConversionReport', 'KWConvNeXt', 'KWConverted', 'KWMobileNetV2', 'KWResNet',
+                    'KWTemperatureHook', 'RandomStateHook', 'StaticPretrained',
+                    'convert_official_checkpoint', 'static_checkpoint_to_kw',
                     'to_official_checkpoint']
 
 if find_spec('mmengine') and find_spec('mmcv'):
@@ -26,10 +29,13 @@ if find_spec('mmengine') and find_spec('mmcv'):
     from .engine.hooks import KWTemperatureHook, RandomStateHook  # noqa: F401
     from .models import (  # noqa: F401
         ConversionReport,
+        KWConverted,
         KWConvNeXt,
         KWMobileNetV2,
         KWResNet,
+        StaticPretrained,
         convert_official_checkpoint,
+        static_checkpoint_to_kw,
         to_official_checkpoint,
     )
     from .registration import register_all

@@ -6,7 +6,7 @@ here, from the geometry of its convolutions. ``print(plan)`` shows the result.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from .config import WarehouseConfig
 from .table import format_table
 
 MIN_WIDTH = 16  # of the attention's hidden vector and of a non-local basis
+MAX_NAMES = 6  # of static layers, printed for one reason
 
 
 @dataclass(frozen=True)
@@ -141,9 +142,18 @@ class Warehouse:
 
 @dataclass(frozen=True)
 class WarehousePlan:
-    """Who shares what: the warehouses of a network, in order of first use."""
+    """Who shares what: the warehouses of a network, in order of first use.
+
+    Attributes:
+        warehouses: All of them.
+        static: Of a converted network, names of layers that stayed static, with the reason.
+        start: Of a converted network, how well each warehouse reproduces the static kernels it
+            started from (``kw_mm.layers.StartReport``); prints as a table.
+    """
 
     warehouses: tuple[Warehouse, ...]
+    static: tuple[tuple[str, str], ...] = ()
+    start: Any = None
 
     def __post_init__(self) -> None:
         layers = {layer.spec.name: layer for w in self.warehouses for layer in w.layers}
@@ -191,11 +201,23 @@ class WarehousePlan:
             f'{len(self.layers)} layers share {len(self.warehouses)} warehouses: '
             f'{self.num_parameters:,} parameters ({self.num_cell_parameters:,} in cells, '
             f'{self.num_attention_parameters:,} in attention); static: '
-            f'{self.num_static_parameters:,}'))
+            f'{self.num_static_parameters:,}',
+            *self.describe_static()))
+
+    def describe_static(self) -> Iterator[str]:
+        """One line for each reason why layers stayed static."""
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.static:
+            reasons.setdefault(reason, []).append(name)
+        for reason, names in reasons.items():
+            more = f', ... ({len(names)} layers)' if len(names) > MAX_NAMES else ''
+            yield f'static, {reason}: {", ".join(names[:MAX_NAMES])}{more}'
 
 
 def plan_warehouses(layers: Iterable[ConvSpec],
-                    kw_cfg: WarehouseConfig | Mapping[str, Any] | None = None) -> WarehousePlan:
+                    kw_cfg: WarehouseConfig | Mapping[str, Any] | None = None,
+                    own_cfgs: Mapping[Hashable, WarehouseConfig | Mapping[str, Any]] | None = None
+                    ) -> WarehousePlan:
     """Decides which layers share which cells.
 
     Sizes are those of the method, section 2: a cell has the greatest common divisor of its
@@ -206,6 +228,8 @@ def plan_warehouses(layers: Iterable[ConvSpec],
         layers: The dynamic convolutions in module order. Warehouses are numbered by first
             appearance of their key.
         kw_cfg: The settings, an object or a dict of its fields.
+        own_cfgs: Settings of single warehouses by their keys; what a dict leaves out is as
+            ``kw_cfg`` says.
 
     Returns:
         The plan, from which layers and warehouses are built.
@@ -223,9 +247,24 @@ def plan_warehouses(layers: Iterable[ConvSpec],
             raise ValueError(f'layers must have unique names, got {spec.name!r} twice')
         names.add(spec.name)
         shared.setdefault(spec.warehouse, []).append(spec)
-    return WarehousePlan(tuple(
-        _plan_warehouse(index, key, specs, config.for_warehouse(index, len(shared)))
-        for index, (key, specs) in enumerate(shared.items())))
+    warehouses = []
+    for index, (key, specs) in enumerate(shared.items()):
+        settings = config.for_warehouse(index, len(shared))
+        if own_cfgs and key in own_cfgs:
+            own = WarehouseConfig.from_cfg(own_cfgs[key], **settings.to_dict())
+            settings = own.for_warehouse(0, 1)
+        warehouses.append(_plan_warehouse(index, key, specs, settings))
+    return WarehousePlan(tuple(warehouses))
+
+
+def count_mixtures(specs: Sequence[ConvSpec], config: WarehouseConfig) -> list[int]:
+    """Mixtures of each of the layers if they were to share one warehouse.
+
+    Raises:
+        ValueError: If they cannot.
+    """
+    cell_shape = _cell_shape(0, specs, config)
+    return [math.prod(_grid(0, spec, cell_shape, config)) for spec in specs]
 
 
 def _plan_warehouse(index: int, key: Hashable, specs: list[ConvSpec],
@@ -254,7 +293,7 @@ def _plan_warehouse(index: int, key: Hashable, specs: list[ConvSpec],
     return Warehouse(key, num_cells, cell_shape, config, tuple(layers))
 
 
-def _cell_shape(index: int, specs: list[ConvSpec], config: WarehouseConfig) -> tuple[int, ...]:
+def _cell_shape(index: int, specs: Sequence[ConvSpec], config: WarehouseConfig) -> tuple[int, ...]:
     kernels = {spec.kernel_size for spec in specs}
     if len({len(kernel) for kernel in kernels}) > 1:
         raise ValueError(f'layers that share warehouse {index} must have as many spatial '

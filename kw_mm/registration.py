@@ -5,19 +5,26 @@ from MMDetection and MMSegmentation configs alike.
 """
 from __future__ import annotations
 
-from mmengine.registry import HOOKS, MODELS
+from mmcv.cnn import Conv2d, Conv3d, Linear
+from mmengine.registry import HOOKS, MODELS, WEIGHT_INITIALIZERS
 
+from .convert import treat_as_plain
 from .engine.hooks import KWTemperatureHook, RandomStateHook
 from .layers import KWConv1d, KWConv2d, KWConv3d, KWLinear
-from .models import KWConvNeXt, KWMobileNetV2, KWResNet
+from .models import KWConverted, KWConvNeXt, KWMobileNetV2, KWResNet, StaticPretrained
 
 
 def register_all() -> None:
-    """Registers layers, backbones (under the authors' names too) and hooks."""
+    """Registers layers, backbones (under the authors' names too), conversion and hooks."""
     for layer in (KWConv1d, KWConv2d, KWConv3d, KWLinear):
         MODELS.register_module(module=layer)
     for backbone in (KWResNet, KWConvNeXt, KWMobileNetV2):
         name = backbone.__name__
         MODELS.register_module(name=[name, name.replace('KW', 'KW_')], module=backbone)
+    MODELS.register_module(module=KWConverted)
+    WEIGHT_INITIALIZERS.register_module(module=StaticPretrained)
     for hook in (KWTemperatureHook, RandomStateHook):
         HOOKS.register_module(module=hook)
+    # mmcv's wrappers differ for empty batches under torch 1.4 alone; its transformers use Linear.
+    for wrapper in (Conv2d, Conv3d, Linear):
+        treat_as_plain(wrapper)

@@ -2,7 +2,8 @@
 from .attention import Attention, set_temperature
 from .conv import KWConv1d, KWConv2d, KWConv3d
 from .linear import KWLinear
+from .static_start import StartReport, WarehouseStart, start_from_static_
 from .warehouse import WarehouseManager
 
-__all__ = ['Attention', 'KWConv1d', 'KWConv2d', 'KWConv3d', 'KWLinear', 'WarehouseManager',
-           'set_temperature']
+__all__ = ['Attention', 'KWConv1d', 'KWConv2d', 'KWConv3d', 'KWLinear', 'StartReport',
+           'WarehouseManager', 'WarehouseStart', 'set_temperature', 'start_from_static_']

@@ -12,6 +12,7 @@ from ..config import WarehouseConfig
 from ..ops import assemble_kernel, dynamic_conv
 from ..plan import ConvSpec, LayerPlan, plan_warehouses
 from .attention import Attention
+from .static_start import start_from_static_
 from .warehouse import WarehouseManager
 
 PADDING_MODES = ('zeros', 'reflect', 'replicate', 'circular')
@@ -47,8 +48,10 @@ class _KWConvNd(nn.Module):
     """
 
     num_dims: int
+    static_type: type[nn.Module]
 
     transposed = False  # read by mmcv.cnn.ConvModule, as output_padding is
+    is_init = False  # read by mmengine before it calls init_weights
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int | Sequence[int],
                  stride: int | Sequence[int] = 1, padding: int | Sequence[int] | str = 0,
@@ -80,13 +83,69 @@ class _KWConvNd(nn.Module):
         self.bias = nn.Parameter(
             torch.zeros(out_channels, device=device, dtype=dtype)) if bias else None
 
+    @classmethod
+    def from_conv(cls, conv: nn.Module,
+                  kw_cfg: WarehouseConfig | Mapping[str, Any] | None = None) -> _KWConvNd:
+        """A KW convolution with a private warehouse that starts as a static one.
+
+        With a budget of at least 1 it computes the same at temperature 0, below that the best
+        approximation; see ``start_from_static_``.
+
+        Args:
+            conv: ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``, as the class's own name says.
+            kw_cfg: Settings of the warehouse.
+
+        Raises:
+            TypeError: If ``conv`` is anything else, a subclass included, for that may compute
+                something else.
+        """
+        if type(conv) is not cls.static_type:
+            raise TypeError(f'conv must be an nn.{cls.static_type.__name__}, got '
+                            f'{type(conv).__name__}')
+        layer = cls.like(conv, kw_cfg)
+        start_from_static_([(layer, conv.weight, conv.bias)])
+        return layer
+
+    @classmethod
+    def like(cls, conv: nn.Module, kw_cfg: WarehouseConfig | Mapping[str, Any] | None = None, *,
+             manager: WarehouseManager | None = None, name: str = '') -> _KWConvNd:
+        """A new layer of a static one's geometry, device, dtype and mode, with random weights.
+
+        The attention, and the cells if they are private, learn if the static weight does.
+
+        Args:
+            conv: The static convolution.
+            kw_cfg: Settings of its private warehouse.
+            manager: Instead, the owner of shared warehouses.
+            name: The layer's name in the manager's plan.
+        """
+        weight, bias = conv.weight, conv.bias
+        layer = cls(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,
+                    conv.padding, conv.dilation, conv.groups, bias is not None, conv.padding_mode,
+                    weight.device, weight.dtype, kw_cfg, manager=manager, name=name)
+        layer.train(conv.training)
+        layer.requires_grad_(weight.requires_grad)
+        if bias is not None:
+            layer.bias.requires_grad_(bias.requires_grad)
+        return layer
+
+    @property
+    def manager(self) -> WarehouseManager:
+        """The owner of its cells."""
+        return self.__dict__['_manager']
+
     @property
     def cells(self) -> Tensor:
         """The warehouse's cells, ``(n, c_out, c_in, *k)``: all of them, not only its own."""
-        return self.__dict__['_manager'].cells(self.plan.warehouse)
+        return self.manager.cells(self.plan.warehouse)
 
     def init_weights(self) -> None:
-        """Draws initial values again; OpenMMLab calls it. Shared cells are left to their owner."""
+        """Draws initial values again; OpenMMLab calls it. Shared cells are left to their owner.
+
+        A layer that started from a static one's weights keeps them.
+        """
+        if self.is_init:
+            return
         if 'warehouse_manager' in self._modules:
             self.warehouse_manager.reset_parameters()
         self.attention.reset_parameters()
@@ -167,15 +226,18 @@ class KWConv1d(_KWConvNd):
     """Dynamic convolution over ``(N, C, L)``, with the signature of ``nn.Conv1d``."""
 
     num_dims = 1
+    static_type = nn.Conv1d
 
 
 class KWConv2d(_KWConvNd):
     """Dynamic convolution over ``(N, C, H, W)``, with the signature of ``nn.Conv2d``."""
 
     num_dims = 2
+    static_type = nn.Conv2d
 
 
 class KWConv3d(_KWConvNd):
     """Dynamic convolution over ``(N, C, D, H, W)``, with the signature of ``nn.Conv3d``."""
 
     num_dims = 3
+    static_type = nn.Conv3d

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..config import WarehouseConfig
 from .conv import KWConv1d
+from .static_start import start_from_static_
 from .warehouse import WarehouseManager
 
 
@@ -39,6 +40,33 @@ class KWLinear(nn.Module):
         self.out_features = out_features
         self.conv = KWConv1d(in_features, out_features, 1, bias=bias, device=device, dtype=dtype,
                              kw_cfg=kw_cfg, manager=manager, name=name)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module,
+                    kw_cfg: WarehouseConfig | Mapping[str, Any] | None = None) -> KWLinear:
+        """A KW linear layer that starts as a static one; see ``KWConv2d.from_conv``.
+
+        Raises:
+            TypeError: If ``linear`` is anything but an ``nn.Linear``, a subclass included.
+        """
+        if type(linear) is not nn.Linear:
+            raise TypeError(f'linear must be an nn.Linear, got {type(linear).__name__}')
+        layer = cls.like(linear, kw_cfg)
+        start_from_static_([(layer.conv, linear.weight, linear.bias)])
+        return layer
+
+    @classmethod
+    def like(cls, linear: nn.Module, kw_cfg: WarehouseConfig | Mapping[str, Any] | None = None, *,
+             manager: WarehouseManager | None = None, name: str = '') -> KWLinear:
+        """A new layer of a static one's geometry; see ``KWConv2d.like``."""
+        weight, bias = linear.weight, linear.bias
+        layer = cls(linear.in_features, linear.out_features, bias is not None, weight.device,
+                    weight.dtype, kw_cfg, manager=manager, name=name)
+        layer.train(linear.training)
+        layer.requires_grad_(weight.requires_grad)
+        if bias is not None:
+            layer.conv.bias.requires_grad_(bias.requires_grad)
+        return layer
 
     def init_weights(self) -> None:
         """Draws initial values again; see ``KWConv2d.init_weights``."""

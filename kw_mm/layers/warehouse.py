@@ -1,6 +1,8 @@
 """The owner of all cells of a network, or of a layer that stands alone."""
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -40,6 +42,10 @@ class WarehouseManager(nn.Module):
     def cells(self, index: int) -> Tensor:
         """The cells of one warehouse, ``(n, c_out, c_in, *k)``."""
         return self.weights[index]
+
+    def forward(self, x: Any) -> Any:
+        """Returns its input: as the last child of an ``nn.Sequential`` it is in nobody's way."""
+        return x
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         # mmengine loads what fits and logs the rest, which would leave cells at random.

@@ -1,6 +1,9 @@
 """Models for OpenMMLab."""
 from .backbones import KWConvNeXt, KWMobileNetV2, KWResNet
+from .converted import KWConverted
 from .official import ConversionReport, convert_official_checkpoint, to_official_checkpoint
+from .static_weights import StaticPretrained, static_checkpoint_to_kw
 
-__all__ = ['ConversionReport', 'KWConvNeXt', 'KWMobileNetV2', 'KWResNet',
-           'convert_official_checkpoint', 'to_official_checkpoint']
+__all__ = ['ConversionReport', 'KWConvNeXt', 'KWConverted', 'KWMobileNetV2', 'KWResNet',
+           'StaticPretrained', 'convert_official_checkpoint', 'static_checkpoint_to_kw',
+           'to_official_checkpoint']

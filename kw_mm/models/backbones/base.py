@@ -47,6 +47,9 @@ class KWBackbone(BaseModule):
     """
 
     kw_defaults: Mapping[str, Any] = {}
+    # Of a static checkpoint: keys that begin so are no part of the backbone, or may be missing.
+    static_extras: tuple[str, ...] = ('fc.', 'head.', 'classifier.')
+    static_optional: tuple[str, ...] = ()
 
     def __init__(self, specs: Iterable[ConvSpec],
                  kw_cfg: WarehouseConfig | Mapping[str, Any] | None, static: bool,
@@ -67,6 +70,13 @@ class KWBackbone(BaseModule):
     def plan(self) -> WarehousePlan:
         """Who shares what; prints as a table. Empty in a static twin."""
         return self.warehouse_manager.plan
+
+    def static_layouts(self) -> dict[str, dict[str, str]]:
+        """Other key layouts of static checkpoints than the static twin's.
+
+        By the name of who uses it: paths of our modules, and what they are called there.
+        """
+        return {}
 
     def init_weights(self) -> None:
         """Initialises as ``init_cfg`` says; mmengine calls it before it loads checkpoints."""
@@ -140,8 +150,8 @@ def check_init_cfg(init_cfg: Mapping[str, Any] | list | None) -> None:
                 ('torchvision://', 'open-mmlab://')):
             raise ValueError(
                 'init_cfg must not load static weights into a KW backbone, got checkpoint='
-                f'{checkpoint!r}; name a KW checkpoint, or set init_cfg=None to start from '
-                'scratch')
+                f"{checkpoint!r}; set type='StaticPretrained' to start from them, name a KW "
+                'checkpoint, or set init_cfg=None to start from scratch')
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:

@@ -107,6 +107,9 @@ class KWConvNeXt(KWBackbone):
         'large': dict(depths=(3, 3, 27, 3), channels=(192, 384, 768, 1536)),
     }
     kw_defaults = dict(attn_norm='LN')
+    # The norm before the classifier; norms of outputs, which classifiers do not have.
+    static_extras = (*KWBackbone.static_extras, 'norm.')
+    static_optional = ('norm0.', 'norm1.', 'norm2.', 'norm3.')
 
     def __init__(self, arch: str | Mapping[str, Sequence[int]] = 'tiny', in_channels: int = 3,
                  drop_path_rate: float = 0.0, layer_scale_init_value: float = 1e-6,
@@ -169,6 +172,25 @@ class KWConvNeXt(KWBackbone):
             if i in self.out_indices:
                 outputs.append(getattr(self, f'norm{i}')(x))
         return tuple(outputs)
+
+    def static_layouts(self) -> dict[str, dict[str, str]]:
+        """Torchvision's and mmpretrain's names of the official layers."""
+        torchvision, mmpretrain = {}, {}
+        for i, downsampling in enumerate(self.downsample_layers):
+            torchvision.update({f'downsample_layers.{i}.{j}': f'features.{2 * i}.{j}'
+                                for j in range(len(downsampling))})
+        for i, stage in enumerate(self.stages):
+            for j in range(len(stage)):
+                ours, theirs = f'stages.{i}.{j}', f'features.{2 * i + 1}.{j}'
+                torchvision.update({
+                    f'{ours}.dwconv': f'{theirs}.block.0', f'{ours}.norm': f'{theirs}.block.2',
+                    f'{ours}.pwconv1': f'{theirs}.block.3', f'{ours}.pwconv2': f'{theirs}.block.5',
+                    f'{ours}.gamma': f'{theirs}.layer_scale'})
+                mmpretrain.update({
+                    f'{ours}.dwconv': f'{ours}.depthwise_conv',
+                    f'{ours}.pwconv1': f'{ours}.pointwise_conv1',
+                    f'{ours}.pwconv2': f'{ours}.pointwise_conv2'})
+        return dict(torchvision=torchvision, mmpretrain=mmpretrain)
 
     @classmethod
     def _check_arch(cls, arch: str | Mapping[str, Sequence[int]]) -> tuple[Sequence[int], ...]:

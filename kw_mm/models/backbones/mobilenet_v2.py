@@ -188,6 +188,24 @@ class KWMobileNetV2(KWBackbone):
                 outputs.append(x)
         return tuple(outputs)
 
+    def static_layouts(self) -> dict[str, dict[str, str]]:
+        """The names of MMDetection and mmpretrain."""
+        last = len(self.features) - 1
+        table = {f'features.{i}.{j}': f'{name}.{part}'
+                 for i, name in ((0, 'conv1'), (last, 'conv2'))
+                 for j, part in enumerate(('conv', 'bn'))}
+        rows = [(row, block) for row, (_, _, num_blocks, _, _) in enumerate(ROWS, 1)
+                for block in range(num_blocks)]
+        for i, (row, block) in enumerate(rows, 1):
+            ours, theirs = f'features.{i}.conv', f'layer{row}.{block}'
+            activated = ('expand_conv', 'depthwise_conv')[-(len(self.features[i].conv) - 2):]
+            for j, layer in enumerate(activated):
+                table.update({f'{ours}.{j}.0': f'{theirs}.{layer}.conv',
+                              f'{ours}.{j}.1': f'{theirs}.{layer}.bn'})
+            table.update({f'{ours}.{len(activated)}': f'{theirs}.linear_conv.conv',
+                          f'{ours}.{len(activated) + 1}': f'{theirs}.linear_conv.bn'})
+        return dict(mmdet=table)
+
     def _block_conv(self, conv: ConvArgs) -> nn.Module:
         kernel_size, groups = _kernel_and_groups(conv)
         return self._conv(conv.path, conv.in_channels, conv.out_channels, kernel_size,

@@ -222,6 +222,12 @@ class KWResNet(KWBackbone):
                 outputs.append(x)
         return tuple(outputs)
 
+    @property
+    def static_extras(self) -> tuple[str, ...]:
+        """Classifiers, and stages beyond ``num_stages``."""
+        return (*KWBackbone.static_extras,
+                *(f'layer{stage}.' for stage in range(self.num_stages + 1, 5)))
+
     def _add_stem(self, in_channels: int, channels: int, norm_cfg: Mapping[str, Any]) -> None:
         self.relu = nn.ReLU(inplace=True)
         if self.deep_stem:

@@ -1,0 +1,170 @@
+"""Which layers of a module can be made dynamic, and why the others cannot."""
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Optional
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+
+from ..layers import KWConv1d, KWConv2d, KWConv3d, KWLinear, WarehouseManager
+from ..plan import MIN_WIDTH, ConvSpec
+from .surgery import all_paths, hidden_references
+
+FilterFn = Optional[Callable[[nn.Module, str], bool]]
+
+KW_LAYERS = (KWConv1d, KWConv2d, KWConv3d, KWLinear)
+
+# Exactly these types; a subclass may compute something else.
+CONVERTIBLE: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: KWConv1d, nn.Conv2d: KWConv2d, nn.Conv3d: KWConv3d, nn.Linear: KWLinear}
+
+_HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks',
+          '_state_dict_hooks', '_state_dict_pre_hooks', '_load_state_dict_pre_hooks',
+          '_load_state_dict_post_hooks')
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A static layer that can be made dynamic.
+
+    Attributes:
+        module: The layer.
+        names: Its paths, more than one where it is shared.
+        reservation: Why it stays static unless a group asks for it by name, or None.
+    """
+
+    module: nn.Module
+    names: tuple[str, ...]
+    reservation: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Its first path."""
+        return self.names[0]
+
+    @property
+    def kw_type(self) -> type[nn.Module]:
+        """The class that takes its place."""
+        return CONVERTIBLE[type(self.module)]
+
+    @property
+    def spec(self) -> ConvSpec:
+        """Its geometry."""
+        bias = self.module.bias is not None
+        if self.kw_type is KWLinear:
+            return ConvSpec(self.name, self.module.in_features, self.module.out_features, (1,),
+                            bias=bias)
+        return ConvSpec(self.name, self.module.in_channels, self.module.out_channels,
+                        self.module.kernel_size, self.module.groups, bias)
+
+
+def treat_as_plain(subclass: type[nn.Module]) -> None:
+    """Declares that a subclass of a convertible type computes what that type does.
+
+    Raises:
+        TypeError: If it is no such subclass.
+    """
+    for base in subclass.__mro__[1:]:
+        if base in CONVERTIBLE:
+            CONVERTIBLE[subclass] = CONVERTIBLE[base]
+            return
+    raise TypeError('subclass must derive from one of '
+                    f'{[t.__name__ for t in CONVERTIBLE]}, got {subclass!r}')
+
+
+def find_candidates(root: nn.Module, filter_fn: FilterFn,
+                    linear: bool) -> tuple[list[Candidate], list[tuple[str, str]]]:
+    """Finds the convertible layers of a module, in module order.
+
+    Args:
+        root: The module.
+        filter_fn: ``(module, name) -> bool``; False leaves a layer static.
+        linear: Whether to look for linear layers, too.
+
+    Returns:
+        The candidates, and name and reason of each layer that has to stay static. KW layers
+        and what is inside them are in neither.
+    """
+    paths = all_paths(root)
+    inside_kw = {inner for module in paths if isinstance(module, (*KW_LAYERS, WarehouseManager))
+                 for inner in module.modules()}
+    references = hidden_references(root)
+    owners = Counter(parameter for module in paths
+                     for parameter in module._parameters.values() if parameter is not None)
+    kinds = (_ConvNd, nn.Linear) if linear else _ConvNd
+    candidates, static = [], []
+    for module, names in paths.items():
+        if module in inside_kw or not isinstance(module, kinds):
+            continue
+        reason = _unsupported_type(module) or _unsupported_state(module)
+        if reason is None and any(
+                p is not None and owners[p] > 1 for p in module._parameters.values()):
+            reason = 'a parameter of it belongs to another module, too'
+        if reason is None and module in references:
+            reason = f'it is also held by {references[module]}, beside the module tree'
+        if reason is None and filter_fn and not all(filter_fn(module, name) for name in names):
+            reason = 'left out by filter_fn'
+        if reason is None:
+            candidates.append(Candidate(module, names, _reservation(root, module, names)))
+        else:
+            static.append((names[0], reason))
+    return candidates, static
+
+
+def _unsupported_type(module: nn.Module) -> str | None:
+    name = type(module).__name__
+    if type(module) in CONVERTIBLE:
+        return None
+    if parametrize.is_parametrized(module):
+        return 'its weight is parametrized'
+    if isinstance(module, LazyModuleMixin):
+        return f'{name} has no shapes yet'
+    if isinstance(module, _ConvTransposeNd):
+        return f'{name} is a transposed convolution'
+    return f'{name} is a type of its own, which may compute something else'
+
+
+def _unsupported_state(module: nn.Module) -> str | None:
+    """What a swap would lose of a layer of the right type."""
+    if any(getattr(module, hooks, None) for hooks in _HOOKS):
+        return 'it has hooks'
+    if 'forward' in vars(module):
+        return 'its forward is replaced'
+    if set(module._parameters) != {'weight', 'bias'} or module._buffers or module._modules:
+        return 'it has other parameters or buffers than a weight and a bias'
+    if not module.weight.is_floating_point():
+        return f'its weight is {module.weight.dtype}'
+    return None
+
+
+def _reservation(root: nn.Module, module: nn.Module, names: tuple[str, ...]) -> str | None:
+    """Why a layer stays static unless it is asked for by name."""
+    for path, ancestor in _ancestors(root, names[0]):
+        manager = getattr(ancestor, 'warehouse_manager', None)
+        if isinstance(manager, WarehouseManager) and manager.plan.layers:
+            return f'{path or "the module"} is a KW network already'
+        # Linear layers of an attention are often read past their forward (as those of
+        # nn.MultiheadAttention are), or see windows or queries in the place of samples.
+        if isinstance(module, nn.Linear) and path and (
+                re.search('attention|attn|msa', f'{path.rpartition(".")[2]} '
+                                                f'{type(ancestor).__name__}', re.IGNORECASE)):
+            return 'linear layers inside an attention'
+    channels = module.in_features if isinstance(module, nn.Linear) else module.in_channels
+    if channels < MIN_WIDTH:
+        return f'fewer than {MIN_WIDTH} input channels are too little to attend to'
+    return None
+
+
+def _ancestors(root: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """The modules on the way to a layer, from the root, without the layer."""
+    path, module = '', root
+    yield path, module
+    for part in name.split('.')[:-1]:
+        path, module = f'{path}.{part}'.lstrip('.'), module._modules[part]
+        yield path, module

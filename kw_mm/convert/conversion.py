@@ -1,0 +1,192 @@
+"""Turning any module into a KernelWarehouse one, in place."""
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from ..config import WarehouseConfig
+from ..layers import KWLinear, WarehouseManager, start_from_static_
+from ..plan import Warehouse, WarehousePlan
+from .candidates import KW_LAYERS, Candidate, FilterFn, find_candidates
+from .grouping import (
+    ATTENTION_BOUND,
+    Groups,
+    group_by_pattern,
+    group_by_stage,
+    plan_groups,
+    where_kept,
+)
+from .surgery import swap_
+
+logger = logging.getLogger(__name__)
+
+MANAGER = 'warehouse_manager'
+
+
+def convert_to_kw_(module: nn.Module, kw_cfg: WarehouseConfig | Mapping[str, Any] | None = None,
+                   groups: Groups | None = None, filter_fn: FilterFn = None,
+                   linear: bool = False) -> WarehousePlan:
+    """Makes the convolutions of a module dynamic, in place, starting from their weights.
+
+    At temperature 0 the module computes what it did before if the budget is at least 1;
+    below that, kernels are the best approximation that so few cells allow (``plan.start``). The
+    module is the same object with the same attributes, and a child ``warehouse_manager`` that owns
+    all cells. Device, dtype, training mode and ``requires_grad`` are kept: a layer's attention
+    learns if its weight did, a warehouse's cells if any of its layers did. Build optimizers
+    afterwards.
+
+    Converted is what is exactly an ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``, and with
+    ``linear`` an ``nn.Linear``. What stays static, and why, is in ``plan.static``:
+
+    - subclasses (deformable, weight-standardised, lazy, ..., but see ``treat_as_plain``) and
+      transposed convolutions;
+    - layers with hooks, parametrizations (weight and spectral norm), further parameters or a
+      replaced ``forward``, with a parameter that another module has too, or that an
+      attribute holds beside the module tree;
+    - what ``filter_fn`` leaves out;
+    - unless a group asks for it: linear layers inside an attention (a module whose name or class
+      says attention, attn or MSA), layers with fewer than 16 input channels, everything inside a
+      network that is a KW one already, and what ``group_by_stage`` finds too small.
+
+    A layer that stands at several places stays shared: the same KW layer comes to all of them. KW
+    layers that are there already are passed over. If an error is raised, nothing has changed.
+
+    A linear layer takes the first dimension of its input for the samples, which each have a kernel
+    of their own. In a head that sees every region of interest as a sample, convolutions do too,
+    and kernels by the thousand are the price.
+
+    Args:
+        module: Any module but a layer, a plain list of modules or a wrapper for distributed
+            training.
+        kw_cfg: Settings of the warehouses, a dict of ``WarehouseConfig``'s fields or the object.
+        groups: Which layers share a warehouse: a sequence of groups or a mapping from names to
+            them. A group is a glob (as in ``fnmatch``: ``*`` spans dots, too) of whole paths, such
+            as ``'layer1.*.conv[12]'``, a list of globs, or ``dict(pattern=..., kw_cfg=...)``, whose
+            settings have those of ``kw_cfg`` for what they leave out. Layers of no group stay
+            static. None finds groups from the module tree, see ``group_by_stage``.
+        filter_fn: ``(layer, path) -> bool``; False leaves a layer static. A shared layer is asked
+            for with each of its paths.
+        linear: Whether to convert linear layers, too; by default those of MLPs, see above.
+
+    Returns:
+        The plan, which prints as a table with what stayed static; ``plan.start`` has the errors.
+
+    Raises:
+        TypeError: If an argument is of a wrong type.
+        ValueError: If the module is itself a layer (``KWConv2d.from_conv`` makes a new one), a
+            list, or a wrapper; has a ``warehouse_manager`` already, as after an earlier
+            conversion; if nothing is left to convert; if a group matches nothing, two match one
+            layer, or the layers of one cannot share; or if a setting is out of range.
+    """
+    return plan_conversion(module, kw_cfg, groups, filter_fn, linear).apply_()
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion that is decided but not done.
+
+    Attributes:
+        module: What is to be converted.
+        plan: Its warehouses, and the layers that stay static.
+        layers: The layers to be replaced, in module order.
+    """
+
+    module: nn.Module
+    plan: WarehousePlan
+    layers: tuple[Candidate, ...]
+
+    def apply_(self, start: bool = True) -> WarehousePlan:
+        """Does it.
+
+        Args:
+            start: Whether to start from the layers' weights; otherwise weights are random.
+
+        Returns:
+            The plan, with the errors of the start.
+        """
+        first = self.layers[0].module.weight
+        manager = WarehouseManager(self.plan, first.device, first.dtype)
+        for warehouse, cells in zip(self.plan.warehouses, manager.weights):
+            weights = [member.module.weight for member in self._members(warehouse)]
+            cells.data = cells.data.to(weights[0].device, weights[0].dtype)
+            cells.requires_grad = any(weight.requires_grad for weight in weights)
+        manager.train(self.module.training)
+        made = {c.module: c.kw_type.like(c.module, manager=manager, name=c.name)
+                for c in self.layers}
+        if start:
+            manager.plan = replace(self.plan, start=start_from_static_(
+                (new.conv if isinstance(new, KWLinear) else new, old.weight, old.bias)
+                for old, new in made.items()))
+            logger.info('%s', manager.plan.start)
+        swap_(self.module, made)
+        setattr(self.module, MANAGER, manager)
+        return manager.plan
+
+    def _members(self, warehouse: Warehouse) -> list[Candidate]:
+        names = {layer.spec.name for layer in warehouse.layers}
+        return [candidate for candidate in self.layers if candidate.name in names]
+
+
+def plan_conversion(module: nn.Module,
+                    kw_cfg: WarehouseConfig | Mapping[str, Any] | None = None,
+                    groups: Groups | None = None, filter_fn: FilterFn = None,
+                    linear: bool = False) -> Conversion:
+    """Decides what ``convert_to_kw_`` would do, and changes nothing; same arguments, same errors.
+
+    ``print(plan_conversion(module).plan)`` shows it.
+    """
+    _check_root(module)
+    config = WarehouseConfig.from_cfg(kw_cfg)
+    candidates, static = find_candidates(module, filter_fn, linear)
+    if groups is None:
+        grouping = group_by_stage(candidates, module, config)
+    else:
+        grouping = group_by_pattern(candidates, static, groups)
+    for key, members in grouping.warehouses.items():
+        kept_in = {where_kept(member) for member in members}
+        if len(kept_in) > 1:
+            raise ValueError(f'layers of one group must have one dtype and device, got '
+                             f'{sorted(kept_in)} in {key!r}')
+    order = {name: i for i, name in enumerate(n for n, _ in module.named_modules())}
+    static = tuple(sorted([*static, *grouping.static], key=lambda entry: order[entry[0]]))
+    if not grouping.warehouses:
+        why = '; '.join(WarehousePlan((), static).describe_static())
+        raise ValueError('nothing matched: the module has no layer to convert'
+                         + (f' ({why})' if why else ''))
+    plan = replace(plan_groups(grouping, config, candidates), static=static)
+    logger.info('%s', plan)
+    for warehouse in plan.warehouses:
+        attention = sum(layer.num_attention_parameters for layer in warehouse.layers)
+        fixed = sum(layer.spec.num_static_parameters for layer in warehouse.layers)
+        if groups is not None and attention > 10 * ATTENTION_BOUND * fixed:
+            logger.warning(
+                'the attention of %r has %s parameters, %.0f times those of its static layers: '
+                'the greatest common divisors of their channels make cells of %s; split the group',
+                warehouse.key, f'{attention:,}', attention / fixed, warehouse.cell_shape)
+    return Conversion(module, plan, tuple(c for c in candidates if c.name in plan.layers))
+
+
+def _check_root(module: Any) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f'module must be an nn.Module, got {module!r}')
+    name = type(module).__name__
+    if isinstance(module, KW_LAYERS):
+        raise ValueError(f'nothing matched: the module is itself a {name} already')
+    if isinstance(module, (_ConvNd, nn.Linear)):
+        maker = 'KWLinear.from_linear' if isinstance(module, nn.Linear) else 'KWConv2d.from_conv'
+        raise ValueError(f'module must hold the layers to replace, and is itself a {name}, which '
+                         f'cannot be replaced in place; {maker} makes a new layer of it')
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        raise ValueError(f'module must be the owner of the {name}, not the list itself, in which '
+                         'the warehouse_manager would stand among its entries')
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ValueError(f'module must be what the {name} wraps; convert before wrapping')
+    if hasattr(module, MANAGER):
+        raise ValueError(f'module must not have an attribute {MANAGER!r} yet, got a {name} that '
+                         'has: it was converted before, or is a KW backbone; convert everything '
+                         'in one call')

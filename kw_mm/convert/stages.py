@@ -1,0 +1,48 @@
+"""Where in a network a layer is: its stage, found from the module tree alone."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def find_stage(name: str, modules: Mapping[str, nn.Module]) -> str:
+    """The path of the stage that a layer belongs to.
+
+    On the way from the root to the layer, the first name that ends in a digit decides:
+    ``layer1``, ``stage2`` or ``denseblock3``, if it holds two layers or more, is a stage, unless
+    it holds such stages itself (``resnet50.layer1``). Of a numbered list (``stages.0``,
+    ``lateral_convs.0``) the entry is a stage if it is made of blocks, i.e. it, or a child of it,
+    is a list with an entry of two layers or more; otherwise the whole list is. Where no name
+    decides, the stage is the layer's parent.
+
+    Args:
+        name: The layer's path.
+        modules: All modules by their paths.
+    """
+    parts = name.split('.')
+    for depth, part in enumerate(parts[:-1], 1):
+        path = '.'.join(parts[:depth])
+        if part.isdigit():
+            return path if _is_made_of_blocks(modules[path]) else '.'.join(parts[:depth - 1])
+        if part[-1].isdigit() and num_layers(modules[path]) > 1 and not any(
+                child[-1].isdigit() and not child.isdigit() and _lists_blocks(inner)
+                for child, inner in modules[path].named_children()):
+            return path
+    return '.'.join(parts[:-1])
+
+
+def num_layers(module: nn.Module) -> int:
+    """Convolutions and linear layers inside a module, itself included."""
+    return sum(isinstance(m, (_ConvNd, nn.Linear)) for m in module.modules())
+
+
+def _is_made_of_blocks(entry: nn.Module) -> bool:
+    return _lists_blocks(entry) or any(map(_lists_blocks, entry.children()))
+
+
+def _lists_blocks(module: nn.Module) -> bool:
+    return isinstance(module, CONTAINERS) and any(num_layers(m) > 1 for m in module.children())

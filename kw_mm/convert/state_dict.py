@@ -1,0 +1,115 @@
+"""Static weights for a KW network: a state dict of its static twin."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from ..layers import KWLinear, StartReport, WarehouseManager, start_from_static_
+from .candidates import KW_LAYERS
+from .surgery import all_paths
+
+MAX_NAMES = 20  # of keys in a message
+
+
+def start_from_state_dict_(module: nn.Module, state_dict: Mapping[str, Tensor]) -> StartReport:
+    """Starts a KW network from the state dict of the same network before conversion.
+
+    KW layers start as static ones with ``<layer>.weight`` and ``<layer>.bias`` do, see
+    ``start_from_static_``; everything else is loaded by name. Shapes may differ in dimensions of
+    size 1, so that a linear layer's weight fits a 1x1 convolution.
+
+    Args:
+        module: Holds KW layers anywhere inside, of any number of warehouse managers.
+        state_dict: The weights. ``num_batches_tracked`` may be missing, as in files of old.
+
+    Returns:
+        How well each warehouse reproduces the static kernels.
+
+    Raises:
+        ValueError: If the module has no KW layer, or if keys are missing, unknown or misshapen;
+            nothing is changed then.
+    """
+    layers = find_kw_layers(module)
+    if not layers:
+        raise ValueError(f'module must hold KW layers, got {type(module).__name__} without any')
+    shapes = static_shapes(module)
+    optional = {key for key in shapes if key.endswith('num_batches_tracked')}
+    check_keys(shapes, {k: tuple(v.shape) for k, v in state_dict.items()}, optional)
+    fitted = {key: tensor.reshape(shapes[key]) for key, tensor in state_dict.items()}
+    report = start_from_static_(
+        (layer, fitted.pop(f'{names[0]}.weight'), fitted.pop(f'{names[0]}.bias', None))
+        for layer, names in layers.items())
+    own = module.state_dict()
+    module.load_state_dict({k: v for k, v in fitted.items() if k in own}, strict=False)
+    return _with_paths(report, layers)
+
+
+def _with_paths(report: StartReport,
+                layers: Mapping[nn.Module, Sequence[str]]) -> StartReport:
+    """Names layers by their paths in the whole module, not in the one their manager belongs to."""
+    paths: dict[nn.Module, dict[int, list[str]]] = {}
+    for layer, names in layers.items():
+        warehouses = paths.setdefault(layer.manager, {})
+        warehouses.setdefault(layer.plan.warehouse, []).append(names[0])
+    labels = [names for warehouses in paths.values() for _, names in sorted(warehouses.items())]
+    return StartReport(tuple(replace(start, layers=tuple(names)) for start, names
+                             in zip(report.warehouses, labels)))
+
+
+def find_kw_layers(module: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
+    """The KW convolutions inside a module, with the paths that their static layers had.
+
+    That of a linear layer, its child ``conv``, goes by the linear layer's path.
+    """
+    layers, inner = {}, set()
+    for layer, names in all_paths(module).items():
+        if isinstance(layer, KWLinear):
+            inner.add(layer.conv)
+            layers[layer.conv] = names
+        elif isinstance(layer, KW_LAYERS) and layer not in inner:
+            layers[layer] = names
+    return layers
+
+
+def static_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of the state dict that a KW network would have as a static one."""
+    layers = find_kw_layers(module)
+    prefixes = tuple(f'{name}.' for names in layers.values() for name in names) + tuple(
+        f'{name}.' for owner, names in all_paths(module).items()
+        if isinstance(owner, WarehouseManager) for name in names)
+    shapes = {}
+    for layer, names in layers.items():
+        for name in names:
+            shapes[f'{name}.weight'] = layer.plan.spec.weight_shape
+            if layer.bias is not None:
+                shapes[f'{name}.bias'] = tuple(layer.bias.shape)
+    shapes.update((key, tuple(value.shape)) for key, value in module.state_dict().items()
+                  if not key.startswith(prefixes) and isinstance(value, Tensor))
+    return shapes
+
+
+def check_keys(expected: Mapping[str, Sequence[int]], given: Mapping[str, Sequence[int]],
+               optional: set[str] = frozenset()) -> None:
+    """Compares the keys and shapes of a state dict with those that it should have.
+
+    Raises:
+        ValueError: If keys are missing, unknown or misshapen; it names them.
+    """
+    missing = [key for key in expected if key not in given and key not in optional]
+    unknown = [key for key in given if key not in expected]
+    misshapen = [f'{key} {tuple(given[key])} for {tuple(shape)}' for key, shape in expected.items()
+                 if key in given and not same_shape(given[key], shape)]
+    problems = [f'{len(keys)} {kind}: {", ".join(keys[:MAX_NAMES])}'
+                + (', ...' if len(keys) > MAX_NAMES else '')
+                for kind, keys in (('missing', missing), ('unknown', unknown),
+                                   ('misshapen', misshapen)) if keys]
+    if problems:
+        raise ValueError('the state dict must be that of the static network, got keys '
+                         + '; '.join(problems))
+
+
+def same_shape(a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether shapes agree but for dimensions of size 1."""
+    return [size for size in a if size != 1] == [size for size in b if size != 1]

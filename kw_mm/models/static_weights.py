@@ -1,0 +1,212 @@
+"""Starting KW models from the checkpoints of static ones."""
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+from mmengine.logging import print_log
+from mmengine.model import update_init_info
+from mmengine.registry import MODELS, DefaultScope, init_default_scope
+from torch import Tensor, nn
+
+from ..convert.keys import rename_keys, reverse
+from ..convert.state_dict import (
+    check_keys,
+    find_kw_layers,
+    same_shape,
+    start_from_state_dict_,
+    static_shapes,
+)
+from ..engine.checkpoint import read_checkpoint
+from ..layers import StartReport
+from .backbones.base import KWBackbone
+from .checkpoint_names import locate_checkpoint
+
+
+class StaticPretrained:
+    """Starts a KW backbone from the weights of the static network.
+
+    As a weight initialiser of mmengine: ``init_cfg=dict(type='StaticPretrained',
+    checkpoint='torchvision://resnet50')``. At temperature 0 the backbone then computes what the
+    static one does, if its budget is at least 1, and the best approximation below that. It is
+    loaded when training starts, not when a model is built. Classifiers are dropped, key
+    layouts that the backbone knows (``static_layouts``) are recognised.
+
+    Args:
+        checkpoint: What ``locate_checkpoint`` takes: a path, a URL, or a ``torchvision://`` or
+            ``open-mmlab://`` name. Tensors and plain values alone are read.
+        prefix: Of the backbone's keys; by default ``'backbone.'`` if there are any such.
+
+    Raises:
+        TypeError: When called, if the module is no KW backbone.
+        ValueError: When called, if the checkpoint is none, or keys are missing, unknown or
+            misshapen; they are named.
+    """
+
+    def __init__(self, checkpoint: str, prefix: str | None = None) -> None:
+        self.checkpoint = checkpoint
+        self.prefix = prefix
+
+    def __call__(self, module: nn.Module) -> None:
+        if not isinstance(module, KWBackbone):
+            raise TypeError('StaticPretrained must be the init_cfg of a KW backbone, got that of '
+                            f'a {type(module).__name__}; a module inside KWConverted takes '
+                            "type='Pretrained'")
+        report = load_static_(module, read_static(self.checkpoint, self.prefix))
+        print_log(f'{type(module).__name__} starts from the static weights of {self.checkpoint}'
+                  + (f'\n{report}' if report else ''), logger='current')
+        mark_initialised_(module)
+        if hasattr(module, '_params_init_info'):
+            update_init_info(module, f'StaticPretrained: start from {self.checkpoint}')
+
+
+def read_static(checkpoint: str, prefix: str | None = None) -> dict[str, Tensor]:
+    """Reads the tensors of a static checkpoint, without the prefix of their keys.
+
+    Args:
+        checkpoint: See ``locate_checkpoint``. The state dict may be the file itself or under its
+            key ``state_dict`` or ``model``, and every key may begin with ``module.``.
+        prefix: Only keys that begin with it are kept. None for ``'backbone.'`` if there are any
+            such, else all, as with an empty one.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no checkpoint, or no key has the prefix.
+    """
+    return static_tensors(read_checkpoint(locate_checkpoint(checkpoint)), checkpoint, prefix)
+
+
+def static_tensors(checkpoint: Mapping[str, Any], name: str,
+                   prefix: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that is read; see ``read_static``."""
+    state = checkpoint
+    for key in ('state_dict', 'model'):
+        if isinstance(checkpoint.get(key), Mapping):
+            state = checkpoint[key]
+            break
+    state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    if not state:
+        raise ValueError(f'checkpoint {name!r} must hold tensors, by itself or under '
+                         f"'state_dict' or 'model'; its keys are {sorted(map(str, checkpoint))}")
+    if all(key.startswith('module.') for key in state):
+        state = _below(state, 'module.')
+    if prefix is None:
+        return _below(state, 'backbone.') or state
+    if prefix and not prefix.endswith('.'):
+        prefix += '.'
+    found = _below(state, prefix)
+    if not found:
+        heads = sorted({key.partition('.')[0] for key in state})
+        raise ValueError(f'prefix must begin keys of checkpoint {name!r}, which begin with '
+                         f'{heads}, got {prefix!r}')
+    return found
+
+
+def load_static_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> StartReport | None:
+    """Starts a model from a static state dict; KW backbones inside may be in any known layout.
+
+    Args:
+        model: A KW backbone, or a model with KW layers anywhere; a static twin of a KW backbone
+            is loaded.
+        state_dict: The weights of the same model without KW.
+
+    Returns:
+        How well each warehouse reproduces the static kernels, None if there is none.
+
+    Raises:
+        ValueError: If keys are missing, unknown or misshapen.
+    """
+    state = dict(state_dict)
+    for path, backbone in model.named_modules():
+        if isinstance(backbone, KWBackbone):
+            prefix = f'{path}.' if path else ''
+            own = {key: state.pop(key) for key in list(state) if key.startswith(prefix)}
+            adapted = adapt_keys(backbone, {key[len(prefix):]: v for key, v in own.items()})
+            state.update((prefix + key, value) for key, value in adapted.items())
+    if find_kw_layers(model):
+        return start_from_state_dict_(model, state)
+    shapes = static_shapes(model)
+    check_keys(shapes, {key: tuple(value.shape) for key, value in state.items()},
+               {key for key in shapes if key.endswith('num_batches_tracked')})
+    model.load_state_dict({key: value.reshape(shapes[key]) for key, value in state.items()},
+                          strict=False)
+    return None
+
+
+def adapt_keys(backbone: KWBackbone, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Turns the keys of a static checkpoint into the backbone's own.
+
+    The layout in which most keys are what they should be is taken for the checkpoint's. What the
+    backbone does not have (``static_extras``) is dropped, what checkpoints may lack
+    (``static_optional``) filled in from the backbone.
+    """
+    shapes = static_shapes(backbone)
+    candidates = [dict(state_dict)]
+    for table in backbone.static_layouts().values():
+        renamed = {key: value for key, value in state_dict.items()
+                   if not key.startswith(backbone.static_extras)}
+        candidates.append(rename_keys(renamed, reverse(table)))
+
+    def fitting(candidate: Mapping[str, Tensor]) -> int:
+        return sum(key in shapes and same_shape(value.shape, shapes[key])
+                   for key, value in candidate.items())
+
+    best = max(candidates, key=fitting)
+    best = {key: value for key, value in best.items()
+            if key in shapes or not key.startswith(backbone.static_extras)}
+    own = backbone.state_dict()
+    return {**{key: own[key] for key in shapes if key.startswith(backbone.static_optional)},
+            **best}
+
+
+def static_checkpoint_to_kw(config: Config, src: str) -> tuple[dict[str, Any], StartReport | None]:
+    """Turns the checkpoint of a static detector or segmentor into one of its KW counterpart.
+
+    Args:
+        config: Of the KW model.
+        src: The static checkpoint; see ``read_static``.
+
+    Returns:
+        The checkpoint, with which the model starts from the static weights: ``state_dict``, which
+        loads strictly, and ``meta``; and how well each warehouse does.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no checkpoint, the config has no KW layer, or keys are missing,
+            unknown or misshapen; they are named.
+    """
+    init_default_scope(config.get('default_scope', 'mmengine'))
+    model = build_model(config.model)
+    if not find_kw_layers(model):
+        raise ValueError('the config must be that of a KW model, but no layer of its model is')
+    checkpoint = read_checkpoint(locate_checkpoint(src))
+    report = load_static_(model, static_tensors(checkpoint, src, prefix=''))
+    meta = checkpoint.get('meta') or {}
+    # What inferencers read: the names of the classes.
+    kept = {key: meta[key] for key in ('dataset_meta', 'CLASSES', 'PALETTE') if key in meta}
+    return dict(meta=kept, state_dict=model.state_dict()), report
+
+
+def build_model(cfg: Mapping[str, Any], scope: str | None = None) -> nn.Module:
+    """Builds a registered module in a scope, by default the current one."""
+    with DefaultScope.overwrite_default_scope(scope):
+        return MODELS.build(ConfigDict(cfg))
+
+
+def mark_initialised_(module: nn.Module) -> None:
+    """Keeps mmengine from initialising what is inside, which would draw weights anew."""
+    for inner in module.modules():
+        if inner is not module and hasattr(inner, 'init_weights'):
+            inner.is_init = True
+
+
+def warn_twice(name: str) -> None:
+    """Says, as mmengine does, that a second initialisation does nothing."""
+    print_log(f'init_weights of {name} has been called more than once.', logger='current',
+              level=logging.WARNING)
+
+
+def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)}

@@ -1,0 +1,285 @@
+"""StaticPretrained: KW backbones from checkpoints of static ones."""
+import json
+
+import pytest
+import torch
+from mmdet.models.backbones import MobileNetV2, ResNet
+from mmengine.model import BaseModule
+from mmengine.runner import checkpoint as mmengine_checkpoint
+from torch import nn
+
+from kw_mm import KWConvNeXt, KWMobileNetV2, KWResNet, StaticPretrained
+from kw_mm.convert.keys import rename_keys, reverse
+from kw_mm.convert.state_dict import static_shapes
+from kw_mm.models import checkpoint_names, static_weights
+from kw_mm.models.checkpoint_names import locate_checkpoint
+
+CONVNEXT = dict(arch=dict(depths=(1, 1), channels=(16, 32)), layer_scale_init_value=1.0,
+                out_indices=(0, 1))
+BACKBONES = {KWResNet: dict(depth=50, base_channels=8), KWConvNeXt: CONVNEXT,
+             KWMobileNetV2: dict(widen_factor=0.25)}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def static_twin(backbone):
+    static = backbone(**BACKBONES[backbone], static=True).eval()
+    for parameter in static.parameters():
+        nn.init.normal_(parameter, 0, 0.3)
+    for norm in static.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.normal_(norm.running_mean, 0, 0.2)
+            nn.init.uniform_(norm.running_var, 0.5, 1.5)
+    return static
+
+
+def started(backbone, file, prefix=None, **kwargs):
+    model = backbone(**{**BACKBONES[backbone], **kwargs}, init_cfg=dict(
+        type='StaticPretrained', checkpoint=str(file), prefix=prefix))
+    model.init_weights()
+    model.eval()
+    return model
+
+
+def same(model, static):
+    x = torch.randn(2, 3, 64, 64)
+    return all((a - b).norm() < 1e-3 * b.norm()
+               for a, b in zip(model(x), static(x), strict=True))
+
+
+@pytest.mark.parametrize('backbone', BACKBONES)
+@pytest.mark.parametrize('wrap', [
+    lambda state: state,
+    lambda state: dict(model=state, epoch=3),
+    lambda state: dict(state_dict={f'backbone.{k}': v for k, v in state.items()}
+                       | {'neck.conv.weight': torch.zeros(1)}),
+    lambda state: dict(state_dict={f'module.backbone.{k}': v for k, v in state.items()}),
+    lambda state: state | {'fc.weight': torch.zeros(1), 'head.fc.bias': torch.zeros(1),
+                           'classifier.1.weight': torch.zeros(1)},
+    lambda state: {k: v for k, v in state.items() if not k.endswith('num_batches_tracked')},
+])
+def test_it_starts_as_the_static_backbone(tmp_path, backbone, wrap):
+    static = static_twin(backbone)
+    torch.save(wrap(static.state_dict()), tmp_path / 'static.pth')
+    assert same(started(backbone, tmp_path / 'static.pth'), static)
+
+
+@pytest.mark.parametrize('prefix', ['img_backbone', 'img_backbone.'])
+def test_a_prefix_picks_the_backbone(tmp_path, prefix):
+    static = static_twin(KWResNet)
+    torch.save({f'{p}.{k}': v + (p != 'img_backbone') for k, v in static.state_dict().items()
+                for p in ('backbone', 'img_backbone')}, tmp_path / 'static.pth')
+    assert same(started(KWResNet, tmp_path / 'static.pth', prefix), static)
+    with pytest.raises(ValueError, match=r"prefix must begin keys .*\['backbone', 'img_backbone'\]"
+                                         ", got 'neck.'"):
+        started(KWResNet, tmp_path / 'static.pth', 'neck')
+
+
+def test_mmdets_resnet_in_part_and_dilated(tmp_path):
+    kwargs = dict(depth=50, base_channels=8, deep_stem=True, avg_down=True)
+    full = ResNet(**kwargs)
+    torch.save(full.state_dict(), tmp_path / 'static.pth')
+    part = dict(num_stages=3, out_indices=(0, 2), strides=(1, 2, 1), dilations=(1, 1, 2))
+    static = ResNet(**kwargs, **part)
+    static.load_state_dict({k: v for k, v in full.state_dict().items() if 'layer4' not in k})
+    static.eval()
+    assert same(started(KWResNet, tmp_path / 'static.pth', **kwargs, **part), static)
+
+
+def torchvision_convnext(state):
+    """The keys of torchvision.models.convnext, by hand for depths (1, 1)."""
+    names = {'downsample_layers.0.0': 'features.0.0', 'downsample_layers.0.1': 'features.0.1',
+             'downsample_layers.1.0': 'features.2.0', 'downsample_layers.1.1': 'features.2.1'}
+    for stage, feature in ((0, 1), (1, 3)):
+        for ours, theirs in (('dwconv', 'block.0'), ('norm', 'block.2'), ('pwconv1', 'block.3'),
+                             ('pwconv2', 'block.5'), ('gamma', 'layer_scale')):
+            names[f'stages.{stage}.0.{ours}'] = f'features.{feature}.0.{theirs}'
+    renamed = {'classifier.0.weight': torch.zeros(32), 'classifier.2.bias': torch.zeros(9)}
+    for key, value in state.items():
+        for ours, theirs in names.items():
+            if key == ours or key.startswith(f'{ours}.'):
+                renamed[theirs + key[len(ours):]] = (
+                    value.flatten(1) if 'pwconv' in key and value.dim() == 4
+                    else value.view(-1, 1, 1) if key.endswith('gamma') else value)
+    return renamed
+
+
+def official_convnext(state):
+    """Linear pointwise layers, gamma of one dimension, a last norm and no norms of outputs."""
+    return {'norm.weight': torch.ones(32), 'head.weight': torch.ones(3, 32)} | {
+        key: value.flatten(1) if 'pwconv' in key and value.dim() == 4 else value.flatten()
+        if key.endswith('gamma') else value for key, value in state.items()
+        if not key.startswith('norm')}
+
+
+def mmpretrain_convnext(state):
+    names = dict(dwconv='depthwise_conv', pwconv1='pointwise_conv1', pwconv2='pointwise_conv2')
+    return {'.'.join(names.get(part, part) for part in key.split('.')): value
+            for key, value in official_convnext(state).items() if key.startswith(('d', 's'))} | {
+        key: value for key, value in state.items() if key.startswith('norm1')}
+
+
+@pytest.mark.parametrize('layout', [torchvision_convnext, official_convnext, mmpretrain_convnext])
+def test_layouts_of_convnext(tmp_path, layout):
+    static = static_twin(KWConvNeXt)
+    for name in ('norm0', 'norm1'):
+        if layout is not mmpretrain_convnext or name == 'norm0':
+            static.get_submodule(name).reset_parameters()  # not in the file
+    torch.save(layout(static.state_dict()), tmp_path / 'static.pth')
+    assert same(started(KWConvNeXt, tmp_path / 'static.pth'), static)
+
+
+def test_layout_of_mmdets_mobilenet(tmp_path):
+    theirs = MobileNetV2(widen_factor=0.25, out_indices=(1, 2, 4, 7))
+    for norm in theirs.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.running_mean)
+    theirs.eval()
+    torch.save(theirs.state_dict(), tmp_path / 'static.pth')
+    # mmdet rounds its last layer to 320 channels at this width, torchvision has 1280.
+    assert theirs.out_channel == 1280
+    assert same(started(KWMobileNetV2, tmp_path / 'static.pth'), theirs)
+
+
+@pytest.mark.parametrize('backbone', BACKBONES)
+def test_layouts_can_be_turned_both_ways(backbone):
+    model = backbone(**BACKBONES[backbone])
+    shapes = static_shapes(model)
+    for table in model.static_layouts().values():
+        renamed = rename_keys(shapes, table)
+        assert renamed != shapes
+        assert rename_keys(renamed, reverse(table)) == shapes
+
+
+def test_ambiguous_tables_are_told():
+    with pytest.raises(ValueError, match="two keys .* renamed to 'b.x'"):
+        rename_keys({'a.x': 1, 'b.x': 2}, {'a': 'b'})
+    with pytest.raises(ValueError, match='a name of its own for each path'):
+        reverse({'a': 'c', 'b': 'c'})
+
+
+class Drawing(nn.Sequential):
+    """Draws weights anew when mmengine comes to it."""
+
+    def init_weights(self):
+        for module in self.modules():
+            if hasattr(module, 'reset_parameters'):
+                module.reset_parameters()
+
+
+def test_nothing_is_drawn_anew_afterwards(tmp_path):
+    static = static_twin(KWResNet)
+    torch.save(static.state_dict(), tmp_path / 'static.pth')
+    model = KWResNet(**BACKBONES[KWResNet], init_cfg=dict(
+        type='StaticPretrained', checkpoint=str(tmp_path / 'static.pth')))
+    # mmengine calls a child's init_weights after the initialisers of its parent.
+    model.layer2 = Drawing(*model.layer2)
+    detector = BaseModule()
+    detector.backbone = model
+    detector.init_weights()
+    assert model.is_init
+    model.eval()
+    assert same(model, static)
+
+
+def test_a_static_twin_and_every_budget(tmp_path):
+    static = static_twin(KWResNet)
+    file = tmp_path / 'static.pth'
+    torch.save(static.state_dict(), file)
+    assert same(started(KWResNet, file, static=True), static)
+    assert same(started(KWResNet, file, kw_cfg=dict(cell_num_ratio=4)), static)
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(static_weights, 'print_log', lambda message, **kwargs: said.append(message))
+        started(KWResNet, file, kw_cfg=dict(cell_num_ratio=0.5))
+    assert 'approximated' in said[0]
+    with pytest.raises(ValueError, match=r'1 missing: conv1.weight; 1 unknown: conv.weight$'):
+        torch.save(rename_keys(static.state_dict(), {'conv1': 'conv'}), file)
+        started(KWResNet, file, static=True)
+
+
+def test_wrong_checkpoints_are_told(tmp_path):
+    file = tmp_path / 'static.pth'
+    state = static_twin(KWResNet).state_dict()
+    del state['layer1.0.conv1.weight']
+    torch.save(state | {'layer5.weight': torch.zeros(1), 'bn1.weight': torch.zeros(3)}, file)
+    with pytest.raises(ValueError, match=r'1 missing: layer1.0.conv1.weight; 1 unknown: '
+                       r'layer5.weight; 1 misshapen: bn1.weight \(3,\) for \(8,\)'):
+        started(KWResNet, file)
+    torch.save(dict(epoch=1, optimizer={}), file)
+    with pytest.raises(ValueError, match=r"must hold tensors, .*keys are \['epoch', 'optimizer'\]"):
+        started(KWResNet, file)
+    with pytest.raises(FileNotFoundError, match='nowhere.pth'):
+        started(KWResNet, tmp_path / 'nowhere.pth')
+    with pytest.raises(TypeError, match='init_cfg of a KW backbone, got that of a ReLU'):
+        StaticPretrained('x.pth')(nn.ReLU())
+    with pytest.raises(ValueError, match="set type='StaticPretrained' to start from them"):
+        KWResNet(50, base_channels=8, init_cfg=dict(
+            type='Pretrained', checkpoint='torchvision://resnet50'))
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ('run',)
+
+
+def test_a_file_cannot_run_code(tmp_path, capsys):
+    torch.save(dict(state_dict=Evil()), tmp_path / 'evil.pth')
+    with pytest.raises(ValueError, match='refuses to build'):
+        started(KWResNet, tmp_path / 'evil.pth')
+    assert 'run' not in capsys.readouterr().out
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Torch's folder, and what would be downloaded into it."""
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
+    fetched = []
+
+    def download(url, file, hash_prefix, progress):
+        fetched.append((url, hash_prefix))
+        torch.save({}, file)
+
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
+    return fetched
+
+
+def test_torchvision_names_need_no_torchvision(tmp_path, hub):
+    for _ in range(2):  # the second finds the file
+        file = locate_checkpoint('torchvision://resnet50')
+        assert file == str(tmp_path / 'hub/checkpoints/resnet50-0676ba61.pth')
+    assert hub == [('https://download.pytorch.org/models/resnet50-0676ba61.pth', '0676ba61')]
+    locate_checkpoint('https://example.org/a/net.pth?download=true')
+    assert hub[1:] == [('https://example.org/a/net.pth?download=true', None)]
+    assert locate_checkpoint('weights/net.pth') == 'weights/net.pth'
+    assert locate_checkpoint(r'C:\weights\net.pth') == r'C:\weights\net.pth'
+
+
+def test_other_processes_wait_for_the_first(hub, monkeypatch):
+    order = []
+    monkeypatch.setattr(checkpoint_names, 'get_rank', lambda: 1)
+    monkeypatch.setattr(checkpoint_names, 'barrier', lambda: order.append(len(hub)))
+    locate_checkpoint('https://example.org/net.pth')
+    assert order == [0] and len(hub) == 1  # with a disk of its own it fetches afterwards
+
+
+def test_open_mmlab_names(hub, monkeypatch, tmp_path):
+    monkeypatch.setenv('MMENGINE_HOME', str(tmp_path))
+    (tmp_path / 'open_mmlab.json').write_text(json.dumps({'ours': str(tmp_path / 'x.pth')}))
+    assert locate_checkpoint('open-mmlab://ours') == str(tmp_path / 'x.pth')
+    locate_checkpoint('open-mmlab://detectron2/resnet50_caffe')
+    url = mmengine_checkpoint.get_external_models()['detectron2/resnet50_caffe']
+    assert [u for u, _ in hub] == [url]
+
+
+@pytest.mark.parametrize('name, message', [
+    ('torchvision://vgg16', r"one of torchvision's \['convnext_base'.*of others give the URL"),
+    ('open-mmlab://no_such', "mmengine knows, 'no_such' is not"),
+    ('s3://bucket/net.pth', 'must be a path, a URL, or a name with'),
+])
+def test_unknown_names_are_told(name, message):
+    with pytest.raises(ValueError, match=message):
+        locate_checkpoint(name)

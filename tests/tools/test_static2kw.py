@@ -1,0 +1,121 @@
+"""static2kw: from the checkpoint of a static detector to one of its KW counterpart."""
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope, init_default_scope
+from torch import nn
+
+ROOT = Path(__file__).parents[2]
+spec = importlib.util.spec_from_file_location(
+    'static2kw', ROOT / 'tools/model_converters/static2kw.py')
+static2kw = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(static2kw)
+
+HEAD = """
+default_scope = 'mmdet'
+neck = dict(type='FPN', in_channels=[32, 64, 128, 256], out_channels=32, num_outs=5)
+"""
+MODEL = """
+model = dict(
+    type='RetinaNet', data_preprocessor=dict(type='DetDataPreprocessor'),
+    backbone=dict({backbone}, depth=50, base_channels=8), neck={neck},
+    bbox_head=dict(
+        type='RetinaHead', num_classes=3, in_channels=32, feat_channels=32, stacked_convs=1,
+        anchor_generator=dict(type='AnchorGenerator', octave_base_scale=4, scales_per_octave=1,
+                              ratios=[1.0], strides=[8, 16, 32, 64, 128]),
+        bbox_coder=dict(type='DeltaXYWHBBoxCoder'){head}))
+"""
+
+
+@pytest.fixture(autouse=True)
+def clean_scope():
+    yield
+    DefaultScope._instance_dict.clear()
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A static detector, its checkpoint and the config of a KW one."""
+    static, kw = tmp_path / 'static.py', tmp_path / 'kw.py'
+    static.write_text(HEAD + MODEL.format(backbone="type='ResNet'", neck='neck', head=''))
+    kw.write_text(HEAD + MODEL.format(
+        backbone="type='KWResNet'", neck="dict(type='KWConverted', module=neck)",
+        head=", conv_cfg=dict(type='KWConv2d')"))
+    model = build(static)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.normal_(norm.running_mean, 0, 0.2)
+            nn.init.uniform_(norm.running_var, 0.5, 1.5)
+    meta = dict(dataset_meta=dict(CLASSES=('a', 'b', 'c')), cfg='...', epoch=12)
+    torch.save(dict(state_dict=model.state_dict(), meta=meta, optimizer={}), tmp_path / 'src.pth')
+    return model, kw, tmp_path / 'src.pth', tmp_path / 'out/dst.pth'
+
+
+def build(path):
+    cfg = Config.fromfile(path)
+    init_default_scope('mmdet')
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model)
+    model.eval()
+    return model
+
+
+def outputs(model):
+    torch.manual_seed(1)
+    features = model.extract_feat(torch.randn(1, 3, 64, 64))
+    return [*features, *(out for outs in model.bbox_head(features) for out in outs)]
+
+
+def test_the_kw_detector_starts_as_the_static_one(files, capsys):
+    static, config, src, dst = files
+    static2kw.main([str(config), str(src), str(dst)])
+    checkpoint = torch.load(dst, weights_only=True)
+    assert checkpoint['meta'] == dict(dataset_meta=dict(CLASSES=('a', 'b', 'c')))
+    model = build(config)
+    model.load_state_dict(checkpoint['state_dict'], strict=True)
+    assert {'backbone', 'neck'} <= {k.partition('.')[0] for k in checkpoint['state_dict']
+                                    if 'warehouse_manager' in k}
+    for actual, expected in zip(outputs(model), outputs(static), strict=True):
+        assert (actual - expected).norm() < 1e-3 * expected.norm()
+    out = capsys.readouterr().out
+    assert 'exact' in out and f'written to {dst}' in out
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda state: state.pop('neck.lateral_convs.0.conv.weight'),
+     '1 missing: neck.lateral_convs.0.conv.weight'),
+    (lambda state: state.update({'mask.weight': torch.zeros(1)}), '1 unknown: mask.weight'),
+    (lambda state: state.update({'backbone.conv1.weight': torch.zeros(1)}),
+     r'1 misshapen: backbone.conv1.weight \(1,\) for \(8, 3, 7, 7\)'),
+])
+def test_wrong_keys_are_told_by_name(files, capsys, change, message):
+    _, config, src, dst = files
+    checkpoint = torch.load(src)
+    change(checkpoint['state_dict'])
+    torch.save(checkpoint, src)
+    with pytest.raises(SystemExit):
+        static2kw.main([str(config), str(src), str(dst)])
+    assert pytest.importorskip('re').search(message, capsys.readouterr().err)
+    assert not dst.exists()
+
+
+def test_other_errors(files, capsys, tmp_path):
+    _, config, src, dst = files
+
+    def error(*args):
+        with pytest.raises(SystemExit):
+            static2kw.main([str(arg) for arg in args])
+        return capsys.readouterr().err
+
+    assert 'does not exist' in error(tmp_path / 'no.py', src, dst)
+    assert 'no.pth' in error(config, tmp_path / 'no.pth', dst)
+    assert 'no layer of its model is' in error(tmp_path / 'static.py', src, dst)
+    assert 'must be a file to write' in error(config, src, tmp_path)
+    dst.parent.mkdir()
+    dst.write_text('mine')
+    assert '--force replaces it' in error(config, src, dst)
+    static2kw.main([str(config), str(src), str(dst), '--force'])
+    assert torch.load(dst)['state_dict']
