@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from kw_mm import KWResNet
 from kw_mm.datasets import write_shapes
 
 ROOT = Path(__file__).parents[1]
@@ -32,8 +34,8 @@ def options(data):
             f'test_evaluator.ann_file={data}/annotations/instances_val.json']
 
 
-def start(tool, *args):
-    return subprocess.Popen([sys.executable, ROOT / 'tools' / tool, CONFIG, *map(str, args)],
+def start(tool, config, *args):
+    return subprocess.Popen([sys.executable, ROOT / 'tools' / tool, config, *map(str, args)],
                             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -57,9 +59,15 @@ def losses(work_dir):
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_bit(data, tmp_path):
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
-    finish(start('train.py', '--work-dir', whole, *options(data)))
+    weights, config = tmp_path / 'static.pth', tmp_path / 'config.py'
+    static = KWResNet(18, base_channels=8, static=True, zero_init_residual=False)
+    torch.save(static.state_dict(), weights)
+    config.write_text(f'_base_ = {str(CONFIG)!r}\nmodel = dict(backbone=dict(init_cfg=dict('
+                      f"_delete_=True, type='StaticPretrained', checkpoint={str(weights)!r})))\n")
+    output = finish(start('train.py', config, '--work-dir', whole, *options(data)))
+    assert f'KWResNet starts from the static weights of {weights}' in output
 
-    process = start('train.py', '--work-dir', killed, *options(data))
+    process = start('train.py', config, '--work-dir', killed, *options(data))
     deadline = time.monotonic() + 300
     while not losses(killed):  # the second epoch has begun
         assert process.poll() is None, process.communicate()[0]
@@ -69,14 +77,15 @@ def test_a_killed_run_resumes_to_the_bit(data, tmp_path):
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert not (killed / 'epoch_2.pth').exists()
+    weights.unlink()  # a checkpoint has everything that it takes to go on
     time.sleep(1)  # logs are told apart by the second
-    output = finish(start('train.py', '--work-dir', killed, '--resume', *options(data)))
+    output = finish(start('train.py', config, '--work-dir', killed, '--resume', *options(data)))
     assert 'epoch_1.pth' in output
 
     assert sorted(losses(whole)) == [5, 6, 7, 8]
     assert losses(killed) == losses(whole)
-    output = finish(start('test.py', killed / 'epoch_2.pth', '--work-dir', tmp_path / 'test',
-                          *options(data)))
+    output = finish(start('test.py', config, killed / 'epoch_2.pth', '--work-dir',
+                          tmp_path / 'test', *options(data)))
     assert 'coco/segm_mAP' in output
 
 

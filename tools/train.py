@@ -25,18 +25,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
     cfg = launch.load_config(args)
+    resumed = False
     try:
         if args.amp:
             launch.enable_amp_(cfg)
         if args.auto_scale_lr:
             launch.enable_auto_scale_lr_(cfg)
         if args.resume:
-            launch.set_resume_(cfg, args.resume)
+            resumed = launch.set_resume_(cfg, args.resume)
         elif cfg.get('load_from'):
             launch.check_checkpoint(cfg.load_from, resume=cfg.get('resume', False))
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
-    launch.build_runner(cfg).train()
+    runner = launch.build_runner(cfg)
+    if resumed:
+        launch.skip_initialisation_(runner)
+    runner.train()
 
 
 if __name__ == '__main__':

@@ -1,3 +1,3 @@
-_base_ = 'mask-rcnn_r18_fpn_finetune-shapes.py'
+_base_ = 'mask-rcnn_kw1x-r18_fpn_finetune-shapes.py'
 
-model = dict(backbone=dict(static=False, kw_cfg=dict(cell_num_ratio=4, attn_norm='LN')))
+model = dict(backbone=dict(kw_cfg=dict(cell_num_ratio=4)))

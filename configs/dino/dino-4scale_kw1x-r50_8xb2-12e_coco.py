@@ -7,4 +7,4 @@ model = dict(
         type='KWResNet',
         drop_path_rate=0.1,
         kw_cfg=dict(cell_num_ratio=1),
-        init_cfg=None))
+        init_cfg=dict(type='StaticPretrained', checkpoint='torchvision://resnet50')))

@@ -13,5 +13,5 @@ model = dict(
         drop_path_rate=0.4,
         layer_scale_init_value=1.0,
         kw_cfg=dict(cell_num_ratio=1),
-        init_cfg=None),
+        init_cfg=dict(type='StaticPretrained', checkpoint='torchvision://convnext_tiny')),
     neck=dict(in_channels=[96, 192, 384, 768]))

@@ -14,5 +14,5 @@ model = dict(
         static=True,
         drop_path_rate=0.4,
         layer_scale_init_value=1.0,
-        init_cfg=None),
+        init_cfg=dict(type='StaticPretrained', checkpoint='torchvision://convnext_tiny')),
     neck=dict(in_channels=[96, 192, 384, 768]))

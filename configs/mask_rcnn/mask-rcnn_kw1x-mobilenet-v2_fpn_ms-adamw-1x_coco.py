@@ -7,4 +7,4 @@ model = dict(
         frozen_stages=1,
         norm_eval=True,
         kw_cfg=dict(cell_num_ratio=1),
-        init_cfg=None))
+        init_cfg=dict(type='StaticPretrained', checkpoint='torchvision://mobilenet_v2')))

@@ -5,3 +5,7 @@ _base_ = [
     '../_base_/schedules/adamw-1x.py',
     '../_base_/runtime.py',
 ]
+
+# What torchvision://resnet50 stands for, without torchvision.
+model = dict(backbone=dict(init_cfg=dict(
+    checkpoint='https://download.pytorch.org/models/resnet50-0676ba61.pth')))

@@ -14,5 +14,5 @@ model = dict(
         norm_eval=False,
         drop_path_rate=0.1,
         kw_cfg=dict(cell_num_ratio=1),
-        init_cfg=None),
+        init_cfg=dict(type='StaticPretrained', checkpoint='torchvision://resnet50')),
     neck=dict(in_channels=[512, 1024, 2048]))

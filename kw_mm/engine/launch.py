@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.model import is_model_wrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
@@ -92,8 +93,11 @@ def enable_auto_scale_lr_(cfg: Config) -> None:
     cfg.auto_scale_lr.enable = True
 
 
-def set_resume_(cfg: Config, resume: str) -> None:
+def set_resume_(cfg: Config, resume: str) -> bool:
     """Resumes from a checkpoint, or with ``'auto'`` from the last in the work directory, if any.
+
+    Returns:
+        Whether there is one.
 
     Raises:
         FileNotFoundError: If the checkpoint does not exist.
@@ -104,6 +108,16 @@ def set_resume_(cfg: Config, resume: str) -> None:
     checkpoint = cfg.load_from or find_latest_checkpoint(cfg.work_dir)
     if checkpoint is not None:
         check_checkpoint(checkpoint, resume=True)
+    return checkpoint is not None
+
+
+def skip_initialisation_(runner: Runner) -> None:
+    """Keeps a run from initialising a model whose every weight a checkpoint is about to set.
+
+    mmengine would first load what ``init_cfg`` names, which may be gone by then.
+    """
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    model.is_init = True
 
 
 def enable_drawing_(cfg: Config, show: bool, show_dir: str | None, wait_time: float) -> None:

@@ -31,8 +31,12 @@ class Parent(BaseModule):
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def fresh_start():
+    """Whatever other tests left as the default scope."""
+    DefaultScope._instance_dict.clear()
     torch.manual_seed(0)
+    yield
+    DefaultScope._instance_dict.clear()
 
 
 @pytest.fixture
@@ -234,13 +238,7 @@ def run(work_dir, init_cfg, max_epochs=1, **kwargs):
     return runner
 
 
-@pytest.fixture
-def clean_scope():
-    yield
-    DefaultScope._instance_dict.clear()
-
-
-def test_a_runner_starts_from_static_weights_and_resumes(tmp_path, regnet, clean_scope):
+def test_a_runner_starts_from_static_weights_and_resumes(tmp_path, regnet):
     static, init_cfg = regnet
     runner = run(tmp_path / 'run', init_cfg)
     x = torch.randn(2, 3, 64, 64)

@@ -8,7 +8,7 @@ from mmengine.model import BaseModule
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from torch import nn
 
-from kw_mm import KWConvNeXt, KWMobileNetV2, KWResNet, StaticPretrained
+from kw_mm import KWConvNeXt, KWMobileNetV2, KWResNet, StaticPretrained, set_temperature
 from kw_mm.convert.keys import rename_keys, reverse
 from kw_mm.convert.state_dict import static_shapes
 from kw_mm.models import checkpoint_names, static_weights
@@ -65,6 +65,35 @@ def test_it_starts_as_the_static_backbone(tmp_path, backbone, wrap):
     static = static_twin(backbone)
     torch.save(wrap(static.state_dict()), tmp_path / 'static.pth')
     assert same(started(backbone, tmp_path / 'static.pth'), static)
+
+
+@pytest.mark.parametrize('backbone', BACKBONES)
+def test_it_is_exact_at_temperature_0_and_near_elsewhere(tmp_path, backbone):
+    static = static_twin(backbone).double()
+    torch.save(static.state_dict(), tmp_path / 'static.pth')
+    model = backbone(**BACKBONES[backbone], init_cfg=dict(
+        type='StaticPretrained', checkpoint=str(tmp_path / 'static.pth'))).double()
+    model.init_weights()
+    model.eval()
+    x = torch.randn(2, 3, 64, 64).double()
+    for tau, bound in ((0, 1e-9), (0.3, 2e-2), (1, 2e-2)):
+        set_temperature(model, tau)
+        for actual, expected in zip(model(x), static(x), strict=True):
+            assert (actual - expected).norm() < bound * expected.norm()
+
+
+@pytest.mark.parametrize('backbone', BACKBONES)
+def test_within_two_steps_everything_has_moved(tmp_path, backbone):
+    static = static_twin(backbone)
+    torch.save(static.state_dict(), tmp_path / 'static.pth')
+    model = started(backbone, tmp_path / 'static.pth').train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        sum(out.square().mean() for out in model(torch.randn(3, 3, 64, 64))).backward()
+        optimizer.step()
+    assert [name for name, p in model.named_parameters() if torch.equal(p, before[name])] == []
 
 
 @pytest.mark.parametrize('prefix', ['img_backbone', 'img_backbone.'])

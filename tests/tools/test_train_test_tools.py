@@ -62,8 +62,14 @@ def run(monkeypatch):
         class Runner:
             def __init__(self, cfg):
                 self.cfg = cfg
+                self.model = torch.nn.Module()
 
-            train = test = lambda self: calls.append(self.cfg)
+            def train(self):
+                self.cfg.initialised = not getattr(self.model, 'is_init', False)
+                calls.append(self.cfg)
+
+            def test(self):
+                calls.append(self.cfg)
 
         monkeypatch.setattr(launch, 'build_runner', Runner)
         module.main([str(arg) for arg in argv])
@@ -130,10 +136,10 @@ def test_auto_scale_lr(run, error):
 
 def test_resume(run):
     cfg = run('train', 'det.py', '--resume', 'whole.pth')
-    assert (cfg.resume, cfg.load_from) == (True, 'whole.pth')
+    assert (cfg.resume, cfg.load_from, cfg.initialised) == (True, 'whole.pth', False)
     # Nothing to resume from yet: a fresh start.
     cfg = run('train', 'det.py', '--resume', '--cfg-options', 'load_from=weights.pth')
-    assert (cfg.resume, cfg.load_from) == (True, None)
+    assert (cfg.resume, cfg.load_from, cfg.initialised) == (True, None, True)
     cfg = run('train', 'det.py', '--cfg-options', 'load_from=https://host/weights.pth')
     assert (cfg.get('resume'), cfg.load_from) == (None, 'https://host/weights.pth')
 
