@@ -1,5 +1,9 @@
 """The configs of the project, for the tests of all, of the detectors' and of the segmentors'."""
+import copy
+import functools
 from pathlib import Path
+
+from mmengine.config import Config
 
 ROOT = Path(__file__).parents[1] / 'configs'
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob('[!_]*/*.py'))
@@ -7,6 +11,16 @@ CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob('[!_]*/*.py')
 SEGMENTORS = ('deeplabv3plus', 'fcn', 'fpn', 'pspnet', 'upernet')
 SEG_CONFIGS = [name for name in CONFIGS if Path(name).stem.split('_')[0] in SEGMENTORS]
 DET_CONFIGS = [name for name in CONFIGS if name not in SEG_CONFIGS]
+
+
+def read_config(name):
+    """A config, to be changed at will; each is read once, for that takes a third of a second."""
+    return copy.deepcopy(_read(name))
+
+
+@functools.cache
+def _read(name):
+    return Config.fromfile(ROOT / name)
 
 
 def dicts(node):

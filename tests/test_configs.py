@@ -3,8 +3,7 @@ import re
 
 import pytest
 import torch
-from config_files import CONFIGS, DET_CONFIGS, ROOT, SEG_CONFIGS
-from mmengine.config import Config
+from config_files import CONFIGS, DET_CONFIGS, SEG_CONFIGS, read_config
 
 from kw_mm import KWConv2d
 
@@ -18,7 +17,7 @@ def test_there_are_configs_of_both_toolboxes():
 @pytest.mark.parametrize('scope, names', [('mmdet', DET_CONFIGS), ('mmseg', SEG_CONFIGS)])
 def test_all_are_read_and_import_the_package(scope, names):
     for name in names:
-        cfg = Config.fromfile(ROOT / name)
+        cfg = read_config(name)
         assert cfg.default_scope == scope, name
         assert cfg.custom_imports.imports == ['kw_mm'], name
         assert ('kw_cfg' in str(cfg.model.backbone) and cfg.model.backbone.kw_cfg is not None) == (
@@ -27,7 +26,7 @@ def test_all_are_read_and_import_the_package(scope, names):
 
 @pytest.mark.parametrize('name, ratio', [('kw1d2x', 0.5), ('kw1x', 1), ('kw4x', 4)])
 def test_names_tell_the_budget(name, ratio):
-    budgets = [Config.fromfile(ROOT / n).model.backbone.kw_cfg.cell_num_ratio
+    budgets = [read_config(n).model.backbone.kw_cfg.cell_num_ratio
                for n in CONFIGS if re.search(rf'_{name}-', n)]
     assert budgets
     assert all(min(b) == ratio if isinstance(b, (list, tuple)) else b == ratio for b in budgets)
