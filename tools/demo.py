@@ -18,6 +18,7 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.structures import PixelData
 
 from kw_mm.datasets import write_shapes
 from kw_mm.engine.local_training import find_trained, train_locally, use_shapes
@@ -129,9 +130,10 @@ def draw(runner: Runner, folder: Path) -> Path:
 def enlarge_(sample: Any) -> None:
     """Enlarges ground truth and predictions as their image is."""
     if 'gt_sem_seg' in sample:
-        for labels in (sample.gt_sem_seg, sample.pred_sem_seg):
-            larger = labels.data.repeat_interleave(ZOOM, 1).repeat_interleave(ZOOM, 2)
-            labels.set_data(dict(data=larger))
+        for name in ('gt_sem_seg', 'pred_sem_seg'):
+            labels = getattr(sample, name).data
+            labels = labels.repeat_interleave(ZOOM, 1).repeat_interleave(ZOOM, 2)
+            setattr(sample, name, PixelData(data=labels))
         return
     truth, found = sample.gt_instances, sample.pred_instances
     truth.bboxes = truth.bboxes * ZOOM
