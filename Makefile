@@ -38,9 +38,11 @@ demo-seg: env  ## train a small segmentor with KernelWarehouse
 	@$(PY) tools/demo.py --config configs/demo/fpn_kw1x-r18_shapes.py \
 	  --work-dir work_dirs/demo-seg $(DEMO_ARGS)
 
+# Most tests are small: a process of one thread per core is faster than one of many threads.
 test: env  ## ruff, then all tests with coverage
 	@$(PY) -m ruff check .
-	@$(PY) -m pytest --cov=kw_mm --cov-report=term $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --cov=kw_mm --cov-report=term \
+	  $(PYTEST_ARGS)
 
 env: $(STEPS)/checked  ## make .venv, or finish it
 

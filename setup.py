@@ -67,7 +67,7 @@ SEG = [
     'ftfy',
     'regex',
 ]
-TEST = ['pytest>=7', 'pytest-cov', 'hypothesis', 'ruff']
+TEST = ['pytest>=7', 'pytest-cov', 'pytest-xdist', 'hypothesis', 'ruff']
 
 setup(
     name='kw_mm',

@@ -1,0 +1,229 @@
+"""How large and how costly a config's model is.
+
+Costs are multiply-adds of convolutions and matrix products, what mmengine, too, counts as one
+FLOP each; additions of a bias, norms, activations, pooling, resampling and RoIAlign are left out.
+torch's ``FlopCounterMode`` counts them while the model runs on the meta device, on shapes alone.
+"""
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, DefaultScope
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..layers import Attention, KWConv1d, KWConv2d, KWConv3d, WarehouseManager
+
+SIZE_DIVISOR = 32  # to which detectors pad their images
+
+
+@dataclass(frozen=True)
+class Complexity:
+    """Size of a module and the cost of its input, of one image where nothing else is said.
+
+    Attributes:
+        parameters: All of them, frozen ones included.
+        cell_parameters: Of these, in kernel cells.
+        attention_parameters: Of these, in attentions.
+        flops: Multiply-adds, those of the next two included.
+        attention_flops: In the attentions' linear layers, for each layer ``C * hidden + hidden *
+            m * (n + 1)``, or with a non-local basis what its three layers have.
+        assembly_flops: In mixing cells to kernels, ``m * n`` times the size of a cell for each
+            layer. Neither depends on the size of the image.
+    """
+
+    parameters: int
+    cell_parameters: int
+    attention_parameters: int
+    flops: int
+    attention_flops: int
+    assembly_flops: int
+
+
+class _Counted(nn.Module):
+    """Runs a function of a model; as the root it gives every module inside its usual name."""
+
+    def __init__(self, model: nn.Module, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.run = run
+
+    def forward(self, *args: Any) -> Any:
+        return self.run(self.model, *args)
+
+
+def measure_module(module: nn.Module, x: Tensor, run: Callable[..., Any] = nn.Module.__call__,
+                   parts: Sequence[str] = ()) -> dict[str, Complexity]:
+    """Measures a module and parts of it in one run.
+
+    Args:
+        module: It is set to evaluation. On the device of ``x``; meta will do.
+        x: Its input, ``(N, C, *spatial)``; FLOPs are those of all N samples.
+        run: What to run, called with the module and ``x``; the module itself by default.
+        parts: Names of modules inside that are called in the run.
+
+    Returns:
+        Measures of the parts and, as ``''``, of the module.
+
+    Raises:
+        ValueError: If a part was not called, or there is nothing to compute in it.
+    """
+    root = _Counted(module.eval(), run)
+    counter = FlopCounterMode(display=False, depth=None)
+    with torch.no_grad(), counter:
+        root(x)
+    # torch counts a multiply-add as two.
+    counts = {path: {str(op): number // 2 for op, number in ops.items()}
+              for path, ops in counter.get_flop_counts().items()}
+    for part in parts:
+        if f'_Counted.model.{part}' not in counts:
+            raise ValueError(f'parts must be modules that are called in the run and compute, '
+                             f'got {part!r}')
+    return {part: _complexity(module.get_submodule(part), part, counts) for part in ('', *parts)}
+
+
+def _complexity(module: nn.Module, part: str,
+                counts: Mapping[str, Mapping[str, int]]) -> Complexity:
+    def ops(*path: str) -> Mapping[str, int]:
+        return counts.get('.'.join(filter(None, ('_Counted.model', part, *path))), {})
+
+    attention = assembly = 0
+    for path, layer in module.named_modules():
+        if isinstance(layer, (KWConv1d, KWConv2d, KWConv3d)):
+            attention += sum(ops(path, 'attention').values())
+            # The one plain product outside the attention: of mixing weights and cells.
+            assembly += ops(path).get('aten.mm', 0) - ops(path, 'attention').get('aten.mm', 0)
+    return Complexity(
+        parameters=_num_parameters([module]),
+        cell_parameters=_num_parameters(
+            m for m in module.modules() if isinstance(m, WarehouseManager)),
+        attention_parameters=_num_parameters(
+            m for m in module.modules() if isinstance(m, Attention)),
+        # The model itself is not called where parts of it are run.
+        flops=sum((ops() if part else counts['Global']).values()),
+        attention_flops=attention,
+        assembly_flops=assembly)
+
+
+def _num_parameters(modules: Iterable[nn.Module]) -> int:
+    return sum({id(p): p.numel() for m in modules for p in m.parameters()}.values())
+
+
+def measure_config(cfg: Config, size: tuple[int, int] | None = None,
+                   parts: Sequence[str] = ('backbone',)) -> dict[str, Complexity]:
+    """Measures the detector or segmentor of a config.
+
+    Counted is backbone, neck and heads as they predict, without post-processing; heads that only
+    training has do not run, though their parameters count. How many boxes a two-stage
+    detector's second stage sees depends on the image; assumed are as many as its ``test_cfg``
+    lets through: ``rpn.max_per_img`` proposals, ``rcnn.max_per_img`` masks. The stages of a
+    cascade all count. RTMDet-Ins's masks, a tiny network for each box found, do not.
+
+    Models whose shapes hang on values, such as DINO, run on the CPU, with zeros for whatever a
+    convolution or a product would give.
+
+    Args:
+        cfg: The config; its ``default_scope`` tells the toolbox.
+        size: Height and width of the image; what ``input_size`` gives by default.
+        parts: Names of modules inside to be measured as well; of a one-stage detector's head only
+            the modules inside it are called.
+
+    Returns:
+        Measures of the parts and, as ``''``, of the whole.
+
+    Raises:
+        ValueError: If no size is given and the config does not tell one.
+    """
+    height, width = size or input_size(cfg)
+    try:
+        return _measure_on('meta', cfg, height, width, parts)
+    # A value was asked for where there is none. What else is wrong fails again.
+    except RuntimeError:
+        with _ZeroProducts():
+            return _measure_on('cpu', cfg, height, width, parts)
+
+
+def _measure_on(device: str, cfg: Config, height: int, width: int,
+                parts: Sequence[str]) -> dict[str, Complexity]:
+    scope = cfg.get('default_scope', 'mmdet')
+    with DefaultScope.overwrite_default_scope(scope), torch.device(device):
+        # DINO writes into its config.
+        model = revert_sync_batchnorm(MODELS.build(copy.deepcopy(cfg.model)))
+        image = torch.zeros(1, 3, height, width)
+        return measure_module(model, image, _run, parts)
+
+
+class _ZeroProducts(TorchDispatchMode):
+    """Spares a run its costly operations: zeros of the right shape are their results."""
+
+    costly = {torch.ops.aten.convolution.default, torch.ops.aten.mm.default,
+              torch.ops.aten.addmm.default, torch.ops.aten.bmm.default,
+              torch.ops.aten.grid_sampler_2d.default}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func not in self.costly:
+            return func(*args, **(kwargs or {}))
+        shapes = tree_map_only(Tensor, lambda tensor: tensor.to('meta'), args)
+        return torch.zeros_like(func(*shapes, **(kwargs or {})), device='cpu')
+
+
+def _run(model: nn.Module, image: Tensor) -> None:
+    """Runs a detector or segmentor in a way that hangs on no value, where it has one."""
+    if all(hasattr(model, name) for name in ('rpn_head', 'roi_head')):
+        features = model.extract_feat(image)
+        model.rpn_head(features)
+        _run_roi_head(model.roi_head, features[0], model.test_cfg.rpn.max_per_img,
+                      model.test_cfg.rcnn.max_per_img)
+    elif hasattr(model, 'decode_head'):
+        model(image, mode='tensor')
+    else:
+        from mmdet.structures import DetDataSample
+        shape = tuple(image.shape[2:])
+        sample = DetDataSample(metainfo=dict(
+            img_shape=shape, ori_shape=shape, batch_input_shape=shape, pad_shape=shape))
+        model(image, [sample], mode='tensor')
+
+
+def _run_roi_head(roi_head: nn.Module, feature: Tensor, num_boxes: int, num_masks: int) -> None:
+    """Runs every stage's heads on blank regions, for RoIAlign knows no meta device."""
+    for kind, number in (('bbox', num_boxes), ('mask', num_masks)):
+        if not getattr(roi_head, f'with_{kind}'):
+            continue
+        heads = getattr(roi_head, f'{kind}_head')
+        extractors = getattr(roi_head, f'{kind}_roi_extractor')
+        if not isinstance(heads, nn.ModuleList):
+            heads, extractors = [heads], [extractors]
+        for head, extractor in zip(heads, extractors):
+            head(feature.new_zeros(number, extractor.out_channels,
+                                   *extractor.roi_layers[0].output_size))
+
+
+def input_size(cfg: Config) -> tuple[int, int]:
+    """Height and width of the images that a config is measured with.
+
+    Of a segmentor that is the crop it is trained with. Of a detector it is the largest landscape
+    image that its test pipeline gives, padded to a multiple of 32: 800 x 1344 for a ``scale`` of
+    1333 and 800.
+
+    Raises:
+        ValueError: If the test pipeline has no ``Resize`` with a ``scale``.
+    """
+    crop = cfg.model.get('data_preprocessor', {}).get('size')
+    if crop:
+        return tuple(crop)
+    dataset = cfg.test_dataloader.dataset
+    for transform in dataset.get('pipeline', ()):
+        if transform.type == 'Resize' and 'scale' in transform:
+            long, short = sorted(transform.scale, reverse=True)
+            return tuple(math.ceil(side / SIZE_DIVISOR) * SIZE_DIVISOR for side in (short, long))
+    raise ValueError('the test pipeline of the config must have a Resize with a scale, or the '
+                     'size of the image must be given')
