@@ -23,16 +23,20 @@ unexport PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test env check lint clean distclean
+.PHONY: help demo demo-seg test env check lint clean distclean
 
 help:  ## say what can be made
 	@echo 'Type one of these; what needs the environment makes it first.'
-	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
 	@echo 'Variables: PYTHON=python3.11 (3.11 or newer), MAX_JOBS=2 (files compiled at a time),'
 	@echo '  PYTEST_ARGS="-m \"not slow\"", DEMO_ARGS="--help"'
 
 demo: env  ## train a small detector with KernelWarehouse
 	@$(PY) tools/demo.py $(DEMO_ARGS)
+
+demo-seg: env  ## train a small segmentor with KernelWarehouse
+	@$(PY) tools/demo.py --config configs/demo/fpn_kw1x-r18_shapes.py \
+	  --work-dir work_dirs/demo-seg $(DEMO_ARGS)
 
 # Most tests are small: a process of one thread per core is faster than one of many threads.
 test: env  ## ruff, then all tests with coverage

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from kw_mm.datasets import write_shapes
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / 'configs' / 'demo' / 'mask-rcnn_kw1x-r18_fpn_shapes.py'
+SEG_CONFIG = ROOT / 'configs' / 'demo' / 'fpn_kw1x-r18_shapes.py'
 
 
 @pytest.fixture(scope='module')
@@ -89,26 +91,33 @@ def test_a_killed_run_resumes_to_the_bit(data, tmp_path):
     assert 'coco/segm_mAP' in output
 
 
-def test_the_demo_trains_shows_and_is_not_repeated(data, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize('config, kind, figure', [
+    (CONFIG, 'Mask R-CNN', 'mask AP (0.50:0.95)'),
+    (SEG_CONFIG, 'Semantic FPN', 'mean IoU')])
+def test_the_demo_trains_shows_and_is_not_repeated(config, kind, figure, tmp_path, capsys,
+                                                   monkeypatch):
     monkeypatch.chdir(ROOT)
     spec = importlib.util.spec_from_file_location('demo', ROOT / 'tools' / 'demo.py')
     demo = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(demo)
     small = tmp_path / 'small.py'
-    small.write_text(f'_base_ = {str(CONFIG)!r}\n'
+    small.write_text(f'_base_ = {str(config)!r}\n'
                      'model = dict(backbone=dict(base_channels=8), '
                      'neck=dict(in_channels=[8, 16, 32, 64]))\n')
     args = ['--config', str(small), '--data', str(tmp_path / 'shapes'), '--num-train', '8',
             '--num-val', '2', '--work-dir', str(tmp_path / 'demo'), '--epochs', '1']
     demo.main(args)
     first = capsys.readouterr().out
-    assert 'mask AP (0.50:0.95)' in first
-    assert len(list((tmp_path / 'demo' / 'pictures').glob('*.png'))) == 2
+    assert figure in first
+    pictures = list((tmp_path / 'demo' / 'pictures').glob('*.png'))
+    assert len(pictures) == 2
+    # Ground truth and predictions side by side.
+    assert cv2.imread(str(pictures[0])).shape == (512, 1024, 3)
     checkpoint = tmp_path / 'demo' / 'epoch_1.pth'
     written = checkpoint.stat().st_mtime_ns
     demo.main(args)
     second = capsys.readouterr().out
     assert 'is trained already' in second
     assert checkpoint.stat().st_mtime_ns == written
-    table = [text[text.index('KW Mask R-CNN on shapes'):] for text in (first, second)]
+    table = [text[text.index(f'KW {kind} on shapes'):] for text in (first, second)]
     assert table[0] == table[1]

@@ -1,7 +1,8 @@
-"""The main job in small: trains and tests a KW Mask R-CNN on the generated shapes data set.
+"""The main job in small: trains and tests a KW model on the generated shapes data set.
 
-What an earlier call finished is used again: the data set, the trained detector, or the last epoch
-of a training that was interrupted.
+That is a Mask R-CNN, or with ``--config configs/demo/fpn_kw1x-r18_shapes.py`` a Semantic FPN. What
+an earlier call finished is used again: the data set, the trained model, or the last epoch of a
+training that was interrupted.
 """
 from __future__ import annotations
 
@@ -10,13 +11,14 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.structures import PixelData
 
 from kw_mm.datasets import write_shapes
 from kw_mm.engine.local_training import find_trained, train_locally, use_shapes
@@ -27,6 +29,27 @@ CONFIG = ROOT / 'configs' / 'demo' / 'mask-rcnn_kw1x-r18_fpn_shapes.py'
 NUM_PICTURES = 12
 ZOOM = 4  # labels are unreadable at the size of the images
 TIME_FILE = 'training_seconds.json'
+
+
+class Task(NamedTuple):
+    """What depends on the toolbox: the closing table, and how predictions are drawn.
+
+    Figures are keyed by what the table says; their names in the metrics, and the whole.
+    """
+
+    title: str
+    figures: dict[str, tuple[str, float]]
+    draw_options: dict[str, Any]
+
+
+TASKS = dict(
+    mmdet=Task('KW Mask R-CNN on shapes', {
+        'box AP (0.50:0.95)': ('coco/bbox_mAP', 1),
+        'mask AP (0.50:0.95)': ('coco/segm_mAP', 1)}, dict(pred_score_thr=0.5)),
+    mmseg=Task('KW Semantic FPN on shapes', {
+        'mean IoU': ('mIoU', 100),
+        'mean accuracy of classes': ('mAcc', 100),
+        'accuracy of pixels': ('aAcc', 100)}, {}))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -69,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def options(args: argparse.Namespace) -> dict[str, Any]:
     """What the arguments change in the config, by dotted names."""
-    changes = use_shapes(args.data)
+    changes = use_shapes(args.data, args.config)
     if args.epochs:
         changes['train_cfg.max_epochs'] = args.epochs
     return changes
@@ -96,15 +119,27 @@ def draw(runner: Runner, folder: Path) -> Path:
             sample = runner.model.test_step(pseudo_collate([dataset[index]]))[0].cpu()
         image = cv2.cvtColor(cv2.imread(sample.img_path), cv2.COLOR_BGR2RGB)
         height, width = (side * ZOOM for side in image.shape[:2])
-        truth, found = sample.gt_instances, sample.pred_instances
-        truth.bboxes = truth.bboxes * ZOOM
-        truth.masks = truth.masks.resize((height, width))
-        found.bboxes = found.bboxes * ZOOM
-        found.masks = found.masks.repeat_interleave(ZOOM, 1).repeat_interleave(ZOOM, 2)
+        enlarge_(sample)
         runner.visualizer.add_datasample(
             'shapes', cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC), sample,
-            pred_score_thr=0.5, out_file=str(folder / f'{Path(sample.img_path).stem}.png'))
+            out_file=str(folder / f'{Path(sample.img_path).stem}.png'),
+            **TASKS[runner.cfg.default_scope].draw_options)
     return folder
+
+
+def enlarge_(sample: Any) -> None:
+    """Enlarges ground truth and predictions as their image is."""
+    if 'gt_sem_seg' in sample:
+        for name in ('gt_sem_seg', 'pred_sem_seg'):
+            labels = getattr(sample, name).data
+            labels = labels.repeat_interleave(ZOOM, 1).repeat_interleave(ZOOM, 2)
+            setattr(sample, name, PixelData(data=labels))
+        return
+    truth, found = sample.gt_instances, sample.pred_instances
+    truth.bboxes = truth.bboxes * ZOOM
+    truth.masks = truth.masks.resize(tuple(side * ZOOM for side in truth.masks.masks.shape[1:]))
+    found.bboxes = found.bboxes * ZOOM
+    found.masks = found.masks.repeat_interleave(ZOOM, 1).repeat_interleave(ZOOM, 2)
 
 
 def closing_table(runner: Runner, metrics: dict[str, float]) -> str:
@@ -112,9 +147,9 @@ def closing_table(runner: Runner, metrics: dict[str, float]) -> str:
     record = Path(runner.work_dir, TIME_FILE)
     seconds = json.loads(record.read_text()) if record.exists() else float('nan')
     plan = runner.model.backbone.plan
-    return '\n' + format_table(('KW Mask R-CNN on shapes', ''), [
-        ('box AP (0.50:0.95)', f'{metrics["coco/bbox_mAP"]:.3f}'),
-        ('mask AP (0.50:0.95)', f'{metrics["coco/segm_mAP"]:.3f}'),
+    task = TASKS[runner.cfg.default_scope]
+    return '\n' + format_table((task.title, ''), [
+        *((name, f'{metrics[key] / whole:.3f}') for name, (key, whole) in task.figures.items()),
         ('parameters', f'{sum(p.numel() for p in runner.model.parameters()):,}'),
         ('  in warehouse cells', f'{plan.num_cell_parameters:,}'),
         ('  in their attention', f'{plan.num_attention_parameters:,}'),

@@ -1,6 +1,7 @@
-"""From the mask of an instance to a COCO annotation that decodes to that very mask."""
+"""From the masks of instances to COCO annotations that decode to those very masks, and to maps."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
@@ -41,6 +42,21 @@ def encode_instance(instance: ShapeInstance) -> dict[str, Any]:
         area=int(np.count_nonzero(mask)),
         bbox=[x, y, width, height],
         segmentation=segmentation)
+
+
+def semantic_map(instances: Sequence[ShapeInstance]) -> np.ndarray:
+    """The class of every pixel, of whatever is visible there.
+
+    Args:
+        instances: Those of one image, at least one; their masks are disjoint.
+
+    Returns:
+        uint8 ``(H, W)``: 0 for the background, label + 1 elsewhere, in crowds too.
+    """
+    labels = np.zeros(instances[0].mask.shape, np.uint8)
+    for instance in instances:
+        labels[instance.mask] = instance.label + 1
+    return labels
 
 
 def mask_to_polygons(mask: np.ndarray,

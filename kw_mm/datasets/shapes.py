@@ -1,7 +1,9 @@
-"""The shapes data set on disk: images, COCO annotations, and a record of how they were made.
+"""The shapes data set on disk: images, annotations of two kinds, and how they were made.
 
-    root/train/000000.jpg ...   root/annotations/instances_train.json   root/shapes.json
-    root/val/000000.jpg ...     root/annotations/instances_val.json
+    root/train/000000.jpg ...   root/val/000000.jpg ...                          images
+    root/annotations/instances_train.json   root/annotations/instances_val.json  COCO
+    root/annotations/semantic_train/000000.png ...   .../semantic_val/...        label maps
+    root/shapes.json                                                             parameters
 """
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from typing import Any
 
 import cv2
 
-from .annotations import encode_instance
+from .annotations import encode_instance, semantic_map
 from .drawing import SHAPE_CLASSES, SPLITS, check_int, check_size, draw_scene
 
 # To be raised whenever the same parameters give other images or annotations.
@@ -49,6 +51,10 @@ class ShapesFiles:
         """COCO file of a split, ``ann_file`` of a config."""
         return self.root / 'annotations' / f'instances_{split}.json'
 
+    def semantic_maps(self, split: str) -> Path:
+        """Folder of the label maps of a split, named as the images; 0 is the background."""
+        return self.root / 'annotations' / f'semantic_{split}'
+
 
 def write_shapes(root: str | os.PathLike,
                  num_train: int = 1200,
@@ -57,7 +63,7 @@ def write_shapes(root: str | os.PathLike,
                  seed: int = 0,
                  progress: bool = False,
                  overwrite: bool = False) -> ShapesFiles:
-    """Write the train and val splits as COCO instance segmentation.
+    """Write the train and val splits as COCO instance segmentation and semantic label maps.
 
     Every file appears under its name only when it is whole, and ``shapes.json``, which holds
     the parameters, comes last. So a whole data set of the same parameters is left as it is,
@@ -99,14 +105,15 @@ def write_shapes(root: str | os.PathLike,
         return ShapesFiles(root, written=False)
 
     files = ShapesFiles(root, written=True)
-    for folder in (*map(files.images, SPLITS), root / 'annotations'):
+    for folder in (*map(files.images, SPLITS), *map(files.semantic_maps, SPLITS)):
         folder.mkdir(parents=True, exist_ok=True)
     # From here to the end the folder is marked as ours but not whole.
     _write_json(root / _UNFINISHED, parameters)
     (root / _RECORD).unlink(missing_ok=True)
     bar = _progress_bar(sum(counts.values())) if progress else None
     for split, num in counts.items():
-        _remove_surplus(files.images(split), num)
+        for folder, names in _numbered_files(files, split, num).items():
+            _remove_surplus(folder, names)
         _write_split(files, split, num, parameters, bar)
     if bar is not None:
         bar.file.write('\n')
@@ -136,8 +143,10 @@ def _write_split(files: ShapesFiles, split: str, num: int, parameters: dict[str,
     images, annotations = [], []
     for index in range(num):
         image, instances = draw_scene(parameters['seed'], split, index, (width, height))
-        name = _image_name(index)
+        name = _file_name(index, '.jpg')
         _write_bytes(files.images(split) / name, cv2.imencode('.jpg', image, _JPEG)[1].tobytes())
+        _write_bytes(files.semantic_maps(split) / _file_name(index, '.png'),
+                     cv2.imencode('.png', semantic_map(instances))[1].tobytes())
         # Ids start at 1: COCO's own evaluation takes an annotation of id 0 for "no match".
         images.append(dict(id=index + 1, file_name=name, width=width, height=height))
         for instance in instances:
@@ -193,21 +202,28 @@ def _is_whole(root: Path, counts: dict[str, int]) -> bool:
         return False
     files = ShapesFiles(root, written=False)
     return all(
-        files.annotations(split).is_file() and files.images(split).is_dir()
-        and set(map(_image_name, range(num))) <= set(os.listdir(files.images(split)))
+        files.annotations(split).is_file() and all(
+            folder.is_dir() and names <= set(os.listdir(folder))
+            for folder, names in _numbered_files(files, split, num).items())
         for split, num in counts.items())
 
 
-def _remove_surplus(folder: Path, num: int) -> None:
+def _numbered_files(files: ShapesFiles, split: str, num: int) -> dict[Path, set[str]]:
+    """The folders of a split with a file for each image, and what is in them."""
+    return {folder: {_file_name(index, suffix) for index in range(num)}
+            for folder, suffix in ((files.images(split), '.jpg'),
+                                   (files.semantic_maps(split), '.png'))}
+
+
+def _remove_surplus(folder: Path, names: set[str]) -> None:
     # What a larger data set left here when it is overwritten; files of other names stay.
-    keep = set(map(_image_name, range(num)))
     for name in os.listdir(folder):
-        if re.fullmatch(r'\d{6,}\.jpg', name) and name not in keep:
+        if re.fullmatch(r'\d{6,}\.(jpg|png)', name) and name not in names:
             (folder / name).unlink()
 
 
-def _image_name(index: int) -> str:
-    return f'{index:06d}.jpg'
+def _file_name(index: int, suffix: str) -> str:
+    return f'{index:06d}{suffix}'
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import copy
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.model import is_model_wrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.visualization import Visualizer
 
 from ..compat import has_accelerator, prepare_cpu_ddp_
 from .checkpoint import check_checkpoint
@@ -55,7 +57,14 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def build_runner(cfg: Config) -> Any:
-    """The runner that the config asks for."""
+    """The runner that the config asks for, with a visualizer of its own.
+
+    mmengine keeps visualizers by name. A second run of a process would get that of the first, and
+    write its figures and pictures to the other's folder.
+    """
+    name = (cfg.get('visualizer') or {}).get('name')
+    if name and Visualizer.check_instance_created(name):
+        cfg.visualizer.name = f'{name}-{time.time_ns()}'
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
 
 
@@ -139,6 +148,8 @@ def enable_drawing_(cfg: Config, show: bool, show_dir: str | None, wait_time: fl
             hook.test_out_dir = show_dir
         else:
             cfg.visualizer.save_dir = show_dir
+            # MMSegmentation's hook would draw every 50th batch alone.
+            hook.interval = 1
 
 
 def set_output_(cfg: Config, out: str) -> None:

@@ -65,10 +65,13 @@ def train_locally(tool: Path, config: str, work_dir: str, changes: Mapping[str, 
     return find_latest_checkpoint(work_dir)
 
 
-def use_shapes(folder: str) -> dict[str, str]:
+def use_shapes(folder: str, config: str) -> dict[str, str]:
     """The changes that point a shapes config to the data set in a folder, by dotted names."""
     loaders = ('train_dataloader', 'val_dataloader', 'test_dataloader')
     changes = {f'{loader}.dataset.data_root': folder for loader in loaders}
+    cfg = Config.fromfile(config)
     for evaluator in ('val_evaluator', 'test_evaluator'):
-        changes[f'{evaluator}.ann_file'] = f'{folder}/annotations/instances_val.json'
+        # Metrics of segmentation have no file: they compare with what the data set loads.
+        if 'ann_file' in cfg[evaluator]:
+            changes[f'{evaluator}.ann_file'] = f'{folder}/annotations/instances_val.json'
     return changes

@@ -1,9 +1,10 @@
-"""The shapes data set: images, annotations, the folder, and what mmdet makes of it."""
+"""The shapes data set: images, annotations, the folder, and what mmdet and mmseg make of it."""
 from __future__ import annotations
 
 import json
 import os
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,9 +15,15 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from kw_mm.datasets import SHAPE_CLASSES, ShapeInstance, describe_shapes, draw_scene, write_shapes
-from kw_mm.datasets.annotations import encode_instance, mask_to_polygons, mask_to_rle
+from kw_mm.datasets.annotations import (
+    encode_instance,
+    mask_to_polygons,
+    mask_to_rle,
+    semantic_map,
+)
 
-TOOL = Path(__file__).parents[2] / 'tools' / 'dataset_converters' / 'make_shapes.py'
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / 'tools' / 'dataset_converters' / 'make_shapes.py'
 SIZE = (96, 80)
 SEED = 5
 
@@ -205,6 +212,13 @@ def test_annotation_decodes_to_the_mask(picture, parts):
         assert fields['category_id'] == 3 and fields['iscrowd'] == 0
 
 
+def test_label_map_by_hand():
+    masks = np.eye(3, dtype=bool)[:, None]
+    instances = [ShapeInstance(3, masks[0]), ShapeInstance(0, masks[2], iscrowd=True)]
+    labels = semantic_map(instances)
+    assert labels.dtype == np.uint8 and labels.tolist() == [[4, 0, 1]]
+
+
 # -- the folder -----------------------------------------------------------------------------
 
 
@@ -242,6 +256,24 @@ def test_coco_files_agree_with_the_drawing(shapes):
                 kinds['crowd' if instance.iscrowd else 'hole' if is_rle else 'polygon'] += 1
     assert kinds['crowd'] >= 2 and kinds['hole'] >= 10
     assert kinds['polygon'] > 2 * kinds['hole']
+
+
+def test_label_maps_agree_with_the_instances(shapes):
+    for split, num in (('train', 40), ('val', 12)):
+        maps = sorted(shapes.semantic_maps(split).iterdir())
+        assert [m.stem for m in maps] == sorted(p.stem for p in shapes.images(split).iterdir())
+        assert len(maps) == num
+        coco = COCO(str(shapes.annotations(split)))
+        for image_id, path in enumerate(maps, 1):
+            labels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+            assert labels.dtype == np.uint8 and labels.shape == SIZE[::-1]
+            expected = np.zeros_like(labels)
+            # What is covered belongs to the later object alone, so their order does not matter.
+            for annotation in reversed(coco.imgToAnns[image_id]):
+                mask = coco.annToMask(annotation).astype(bool)
+                assert not expected[mask].any()
+                expected[mask] = annotation['category_id']
+            assert np.array_equal(labels, expected)
 
 
 def test_image_does_not_depend_on_the_number_of_images(shapes, tmp_path):
@@ -291,7 +323,8 @@ def test_interrupted_writing_is_finished(tmp_path, monkeypatch):
     assert snapshot(tmp_path / 'half') == snapshot(tmp_path / 'whole')
 
 
-@pytest.mark.parametrize('lost', ['train/000001.jpg', 'annotations/instances_val.json'])
+@pytest.mark.parametrize('lost', [
+    'train/000001.jpg', 'annotations/instances_val.json', 'annotations/semantic_val/000000.png'])
 def test_lost_file_comes_back(tmp_path, lost):
     arguments = dict(num_train=2, num_val=1, size=32)
     write_shapes(tmp_path, **arguments)
@@ -299,6 +332,16 @@ def test_lost_file_comes_back(tmp_path, lost):
     (tmp_path / lost).unlink()
     assert write_shapes(tmp_path, **arguments).written
     assert snapshot(tmp_path) == before
+
+
+def test_a_data_set_from_before_there_were_label_maps_gets_them(tmp_path):
+    arguments = dict(num_train=2, num_val=1, size=32)
+    write_shapes(tmp_path, **arguments)
+    whole = snapshot(tmp_path)
+    for split in ('train', 'val'):
+        shutil.rmtree(tmp_path / 'annotations' / f'semantic_{split}')
+    assert write_shapes(tmp_path, **arguments).written
+    assert snapshot(tmp_path) == whole
 
 
 @pytest.mark.parametrize('interrupted', [False, True])
@@ -455,3 +498,28 @@ def test_stock_mmdet_loads_it(shapes):
             assert box == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
             seen.add((instance.iscrowd, has_hole(instance.mask)))
     assert {(False, False), (False, True)} <= seen and any(crowd for crowd, _ in seen)
+
+
+# -- MMSegmentation -------------------------------------------------------------------------
+
+
+def test_stock_mmseg_loads_it(shapes):
+    from mmengine.config import Config
+    from mmengine.registry import DefaultScope
+    from mmseg.registry import DATASETS
+
+    cfg = Config.fromfile(ROOT / 'configs' / '_base_' / 'datasets' / 'shapes_semantic.py')
+    assert cfg.metainfo.classes == ('background', *SHAPE_CLASSES)
+    for split, num in (('train', 40), ('val', 12)):
+        loader = cfg[f'{split}_dataloader']
+        loader.dataset.data_root = str(shapes.root)
+        loader.dataset.pipeline = [t for t in loader.dataset.pipeline if t.type != 'RandomFlip']
+        with DefaultScope.overwrite_default_scope('mmseg'):
+            dataset = DATASETS.build(loader.dataset)
+        assert len(dataset) == num
+        for index in range(0, num, 5):
+            sample = dataset[index]['data_samples']
+            instances = draw_scene(SEED, split, index, SIZE)[1]
+            assert Path(sample.img_path).name == f'{index:06d}.jpg'
+            labels = sample.gt_sem_seg.data.squeeze(0).numpy()
+            assert np.array_equal(labels, semantic_map(instances))

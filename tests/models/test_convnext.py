@@ -54,6 +54,34 @@ def test_layer_scale():
     model(torch.randn(1, 3, 32, 32))
 
 
+@pytest.mark.parametrize('output_stride, steps', [
+    (32, (1, 1, 1, 1)), (16, (1, 1, 1, 2)), (8, (1, 1, 2, 4)), (4, (1, 2, 4, 8))])
+def test_output_stride_computes_the_positions_in_between(output_stride, steps):
+    torch.manual_seed(0)
+    model = KWConvNeXt(SMALL, layer_scale_init_value=1, static=True).double()
+    dense = KWConvNeXt(SMALL, layer_scale_init_value=1, static=True,
+                       output_stride=output_stride).double()
+    dense.load_state_dict(model.state_dict())
+    x = torch.randn(1, 3, 64, 96).double()
+    for out, more, step in zip(model(x), dense(x), steps, strict=True):
+        assert more.shape[2:] == (out.shape[2] * step, out.shape[3] * step)
+        torch.testing.assert_close(more[:, :, ::step, ::step], out)
+
+
+def test_output_stride_changes_neither_keys_nor_plan():
+    model, dense = KWConvNeXt(SMALL), KWConvNeXt(SMALL, output_stride=8)
+    assert str(dense.plan) == str(model.plan)
+    dense.load_state_dict(model.state_dict())
+    assert [out.shape[2:] for out in dense(torch.randn(1, 3, 40, 72))] == [
+        (10, 18), (5, 9), (5, 9), (5, 9)]
+
+
+@pytest.mark.parametrize('value', [2, 12, '8', 64, True])
+def test_wrong_output_stride(value):
+    with pytest.raises(ValueError, match=r'output_stride must be one of \[4, 8, 16, 32\], got'):
+        KWConvNeXt(SMALL, output_stride=value)
+
+
 @pytest.mark.parametrize('frozen_stages, prefixes', [
     (-1, ()), (0, ('downsample_layers.0',)), (1, ('downsample_layers.0', 'stages.0')),
     (2, ('downsample_layers.0', 'stages.0', 'downsample_layers.1', 'stages.1'))])

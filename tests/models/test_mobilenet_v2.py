@@ -2,6 +2,7 @@
 import pytest
 import torch
 from mmdet.models.backbones import MobileNetV2
+from mmseg.models.backbones import MobileNetV2 as SegMobileNetV2
 from torch import nn
 
 from kw_mm import KWMobileNetV2
@@ -52,6 +53,40 @@ def test_the_static_twin_is_mmdets(width):
         torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize('strides, dilations, output_stride', [
+    ((1, 2, 2, 2, 1, 2, 1), (1, 1, 1, 1, 1, 1, 1), 32),
+    ((1, 2, 2, 2, 1, 1, 1), (1, 1, 1, 1, 1, 2, 2), 16),
+    ((1, 2, 2, 1, 1, 1, 1), (1, 1, 1, 2, 2, 4, 4), 8)])
+def test_the_static_twin_is_mmsegs_dilated(strides, dilations, output_stride):
+    torch.manual_seed(0)
+    options = dict(strides=strides, dilations=dilations)
+    model = KWMobileNetV2(0.5, static=True, last_layer=False, out_indices=(0, 1, 2, 3, 4),
+                          **options).double().eval()
+    other = SegMobileNetV2(0.5, out_indices=(0, 1, 2, 4, 6), **options).double()
+    other.eval()
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight), nn.init.uniform_(norm.running_mean)
+    # Other names in the same order; the last layer is idle here and not there at all.
+    ours = [v for k, v in model.state_dict().items() if not k.startswith('features.18.')]
+    other.load_state_dict(dict(zip(other.state_dict(), ours, strict=True)))
+    x = torch.randn(1, 3, 64, 96).double()
+    outputs = model(x)
+    assert outputs[-1].shape[-1] == 96 // output_stride
+    for actual, expected in zip(outputs, other(x), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_dilation_changes_neither_keys_nor_plan():
+    model = KWMobileNetV2(0.25)
+    dilated = KWMobileNetV2(0.25, strides=(1, 2, 2, 1, 1, 1, 1), dilations=(1, 1, 1, 2, 2, 4, 4),
+                            last_layer=False)
+    assert str(dilated.plan) == str(model.plan)
+    dilated.load_state_dict(model.state_dict())
+    assert [out.shape[-1] for out in dilated(torch.randn(1, 3, 64, 64))] == [16, 8, 8, 8]
+    idle = {n for n, p in dilated.named_parameters() if not p.requires_grad}
+    assert idle == {n for n, _ in dilated.named_parameters() if n.startswith('features.18.')}
+
+
 @pytest.mark.parametrize('value, rounded', [(8, 8), (1, 8), (11, 16), (12, 16), (18, 24), (19, 24),
                                             (20, 24), (48, 48), (45, 48)])
 def test_channels_are_multiples_of_eight_and_not_far_below(value, rounded):
@@ -86,6 +121,8 @@ def test_other_norms_and_activations():
 @pytest.mark.parametrize('kwargs, message', [
     (dict(widen_factor=0), 'widen_factor must be > 0, got 0'),
     (dict(static_pointwise_stages=(7,)), 'static_pointwise_stages must be one of .*got 7'),
+    (dict(strides=(1, 2, 2)), r'strides must hold .* 7 rows of blocks, got \(1, 2, 2\)'),
+    (dict(dilations=(1, 1, 1, 1, 1, 1, 0)), 'dilations must hold a positive integer'),
     (dict(static_pointwise_stages=(0,)), 'static_pointwise_stages must be one of .*got 0'),
 ])
 def test_wrong_arguments(kwargs, message):

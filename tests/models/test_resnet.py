@@ -4,6 +4,7 @@ import pytest
 import torch
 from mmdet.models.backbones import ResNet
 from mmseg.models.backbones import ResNet as SegResNet
+from mmseg.models.backbones import ResNetV1c
 from torch import nn
 
 from kw_mm import KWConv2d, KWResNet, set_temperature
@@ -120,6 +121,16 @@ def test_the_static_twin_is_mmsegs_dilated_resnet(kwargs):
     dynamic = KWResNet(**common)
     assert [conv.dilation for conv in three_by_three(dynamic)] == [
         conv.dilation for conv in three_by_three(model)]
+
+
+def test_the_static_twin_has_the_keys_of_mmsegs_resnet_v1c():
+    common = dict(depth=50, stem_channels=8, base_channels=8)
+    model, other = KWResNet(**common, deep_stem=True, static=True), ResNetV1c(**common)
+    shapes = {k: v.shape for k, v in other.state_dict().items()}
+    assert {k: v.shape for k, v in model.state_dict().items()} == shapes
+    assert 'stem.6.weight' in shapes
+    dynamic = KWResNet(**common, deep_stem=True).state_dict()
+    assert all(dynamic[key].shape == shapes[key] for key in shapes if key.startswith('stem.'))
 
 
 def three_by_three(model):

@@ -148,7 +148,7 @@ def test_a_page_without_its_markers(tmp_path):
     ('mask-rcnn_r50_fpn_1x_coco', ('ResNet50', 'static')),
     ('mask-rcnn_kw1d2x-mobilenet-v2_fpn_1x_coco', ('KW-MobileNetV2', '1/2')),
     ('upernet_kw4x-convnext-t_160k_ade20k', ('KW-ConvNeXt-T', '4')),
-    ('fcn_r50-d8_80k_ade20k', ('r50-d8', 'static')),
+    ('fcn_hr18_80k_ade20k', ('hr18', 'static')),
     ('mask-rcnn_kw1x-regnetx-3.2GF_fpn_1x_coco', ('KW-RegNetX-3.2GF', '1')),
     ('mask-rcnn_regnetx-4gf_fpn_1x_coco', ('regnetx-4gf', 'static'))])
 def test_names_tell_backbone_and_budget(name, expected):

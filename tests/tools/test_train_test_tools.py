@@ -180,7 +180,8 @@ def test_drawing(run, error):
     hook = run('test', 'det.py', 'weights.pth', '--show-dir', 'pics').default_hooks.visualization
     assert (hook.draw, hook.get('show'), hook.test_out_dir) == (True, None, 'pics')
     cfg = run('test', 'seg.py', 'weights.pth', '--show-dir', 'pics')
-    assert cfg.default_hooks.visualization.draw and cfg.visualizer.save_dir == 'pics'
+    hook = cfg.default_hooks.visualization
+    assert (hook.draw, hook.interval, cfg.visualizer.save_dir) == (True, 1, 'pics')
     assert 'need default_hooks.visualization and visualizer' in error(
         'test', 'det.py', 'weights.pth', '--show', '--cfg-options', 'visualizer=None')
 

@@ -68,7 +68,7 @@ def train(args: argparse.Namespace, config: str, work_dir: Path, seed: int = 0,
           start: str | None = None, epochs: int | None = None) -> str:
     """Trains, or finds what an earlier call trained; returns the checkpoint."""
     path = str(CONFIGS / f'{config}.py')
-    changes = {**use_shapes(args.data), 'randomness.seed': seed}
+    changes = {**use_shapes(args.data, path), 'randomness.seed': seed}
     if start:
         # By the model and not by load_from, which resuming would take for something to resume.
         changes['model.init_cfg.type'] = 'Pretrained'
@@ -94,8 +94,9 @@ def test(args: argparse.Namespace, config: str, checkpoint: str, work_dir: Path)
     record = work_dir / 'test.json'
     if record.exists():
         return json.loads(record.read_text())
-    cfg = Config.fromfile(CONFIGS / f'{config}.py')
-    cfg.merge_from_dict(use_shapes(args.data))
+    path = str(CONFIGS / f'{config}.py')
+    cfg = Config.fromfile(path)
+    cfg.merge_from_dict(use_shapes(args.data, path))
     cfg.work_dir = str(work_dir)
     cfg.load_from = checkpoint
     metrics = Runner.from_cfg(cfg).test()

@@ -31,12 +31,13 @@ ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = '<!-- begin: model zoo -->', '<!-- end: model zoo -->'
 
 BACKBONES = {'r18': 'ResNet18', 'r50': 'ResNet50', 'convnext-t': 'ConvNeXt-T',
-             'mobilenet-v2': 'MobileNetV2', 'swin-t-p4-w7': 'Swin-T',
+             'mobilenet-v2': 'MobileNetV2', 'r50-d8': 'ResNet50-D8',
+             'mobilenet-v2-d8': 'MobileNetV2-D8', 'swin-t-p4-w7': 'Swin-T',
              'regnetx-3.2GF': 'RegNetX-3.2GF'}
 # What evaluators call the metrics that a metafile reports.
 METRICS = {'bbox': 'box AP', 'segm': 'mask AP', 'mIoU': 'mIoU'}
 # Folders whose configs are no entries of the zoo and need no metafile.
-REMARKS = {'demo': 'trained here, see above',
+REMARKS = {'demo': 'of the demo, see above',
            'custom': 'a template for your own data'}
 
 LEGEND = """\

@@ -12,7 +12,7 @@ from kw_mm.datasets import describe_shapes, write_shapes
 
 def parse_args() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(
-        description='Generate a COCO instance segmentation data set of simple shapes.',
+        description='Generate a data set of simple shapes: COCO instances and label maps.',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('root', metavar='ROOT', help='folder of the data set, made if missing')
     parser.add_argument('--num-train', type=int, default=1200, help='number of training images')

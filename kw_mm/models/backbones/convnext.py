@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Callable
 
 import torch
@@ -69,6 +70,11 @@ class KWConvNeXt(KWBackbone):
     keys are those of the official ConvNeXt, cells under ``warehouse_manager.weights.<i>``: first
     the stem's, the downsampling layers', then two for each stage.
 
+    With an ``output_stride`` the downsampling layers that would go beyond it keep every position
+    (stride 1), and the 2x2 and 7x7 kernels behind them are dilated in their place, so that each
+    still sees what it saw: the static twin then computes at every second (fourth, ...) position
+    what it computes without. Neither warehouses nor keys change.
+
     Args:
         arch: ``'tiny'``, ``'small'``, ``'base'``, ``'large'``, or a dict of ``depths`` and
             ``channels`` with an entry for each stage.
@@ -77,6 +83,8 @@ class KWConvNeXt(KWBackbone):
         layer_scale_init_value: Initial value of the blocks' ``gamma``, >= 0 (the paper: 1e-6 in
             pretraining, 1 in detection); 0 for blocks without.
         out_indices: Stages whose outputs are returned, rising; each has a norm ``norm<i>``.
+        output_stride: By how much outputs are smaller than the image at most, 4, 8, 16 or 32; None
+            for no limit, which is 32 for the named architectures.
         frozen_stages: Stem and stages up to this number are frozen: -1 none, 0 the stem, 1 the
             stem and ``stages.0``, 2 also what leads from there into and through ``stages.1``.
         freeze_cells: Whether to freeze also the cells that frozen layers draw on.
@@ -105,14 +113,16 @@ class KWConvNeXt(KWBackbone):
 
     def __init__(self, arch: str | Mapping[str, Sequence[int]] = 'tiny', in_channels: int = 3,
                  drop_path_rate: float = 0.0, layer_scale_init_value: float = 1e-6,
-                 out_indices: Sequence[int] = (0, 1, 2, 3), frozen_stages: int = -1,
-                 freeze_cells: bool = False, with_cp: bool = False,
+                 out_indices: Sequence[int] = (0, 1, 2, 3), output_stride: int | None = None,
+                 frozen_stages: int = -1, freeze_cells: bool = False, with_cp: bool = False,
                  kw_cfg: WarehouseConfig | Mapping[str, Any] | None = None, static: bool = False,
                  init_cfg: Mapping[str, Any] | list | None = None) -> None:
         depths, channels = self._check_arch(arch)
         out_indices = check_indices('out_indices', out_indices, len(depths))
         check_choice('frozen_stages', frozen_stages, range(-1, len(depths) + 1))
         check_drop_path_rate(drop_path_rate)
+        if output_stride is not None:
+            check_choice('output_stride', output_stride, (4, 8, 16, 32))
         if layer_scale_init_value < 0:
             raise ValueError(
                 f'layer_scale_init_value must be >= 0, got {layer_scale_init_value!r}')
@@ -122,18 +132,21 @@ class KWConvNeXt(KWBackbone):
         super().__init__(specs, kw_cfg, static, frozen_stages, freeze_cells, False, init_cfg)
         self.out_indices = out_indices
 
+        # By how much each stage's stride would go beyond the limit.
+        self.dilations = [max(4 * 2**stage // (output_stride or 4 * 2**stage), 1)
+                          for stage in range(len(depths))]
         self.downsample_layers = nn.ModuleList()
         for i, conv in enumerate(downsampling):
-            layers = [self._planned_conv(conv, stride=conv.kernel_size[0]),
+            layers = [self._downsampling_conv(i, conv),
                       ChannelNorm(conv.out_channels if i == 0 else conv.in_channels)]
             self.downsample_layers.append(nn.Sequential(*(layers if i == 0 else layers[::-1])))
         last = max(sum(depths) - 1, 1)
         rates = iter([drop_path_rate * i / last for i in range(sum(depths))])
         self.stages = nn.ModuleList(
             nn.Sequential(*(
-                ConvNeXtBlock(block, self._block_conv, next(rates), layer_scale_init_value,
-                              with_cp)
-                for block in stage)) for stage in stages)
+                ConvNeXtBlock(block, partial(self._block_conv, dilation), next(rates),
+                              layer_scale_init_value, with_cp)
+                for block in stage)) for stage, dilation in zip(stages, self.dilations))
         for i in out_indices:
             self.add_module(f'norm{i}', ChannelNorm(channels[i]))
         self._freeze()
@@ -145,11 +158,17 @@ class KWConvNeXt(KWBackbone):
             x: Images, ``(N, in_channels, H, W)``.
 
         Returns:
-            One ``(N, C_i, H_i, W_i)`` for each, normalised; H_i = H / (4, 8, 16, 32).
+            One ``(N, C_i, H_i, W_i)`` for each, normalised; H_i = H / (4, 8, 16, 32), or H divided
+            by ``output_stride`` where that is less.
         """
         outputs = []
         for i in range(self.out_indices[-1] + 1):
-            x = self.stages[i](self.downsample_layers[i](x))
+            x = self.downsample_layers[i](x)
+            if self._is_dense(i):
+                # Padded on both sides, but a 2x2 kernel begins at its own position.
+                first = self.dilations[i - 1]
+                x = x[:, :, first:, first:]
+            x = self.stages[i](x)
             if i in self.out_indices:
                 outputs.append(getattr(self, f'norm{i}')(x))
         return tuple(outputs)
@@ -187,12 +206,25 @@ class KWConvNeXt(KWBackbone):
                              f'and channels, a positive integer for each stage, got {arch!r}')
         return sizes['depths'], sizes['channels']
 
-    def _planned_conv(self, spec: ConvSpec, stride: int = 1, padding: int = 0) -> nn.Module:
-        return self._conv(spec.name, spec.in_channels, spec.out_channels, spec.kernel_size,
-                          stride=stride, padding=padding, groups=spec.groups)
+    def _is_dense(self, stage: int) -> bool:
+        """Whether what leads to a stage keeps every position."""
+        return stage > 0 and self.dilations[stage] > self.dilations[stage - 1]
 
-    def _block_conv(self, spec: ConvSpec) -> nn.Module:
-        return self._planned_conv(spec, padding=spec.kernel_size[0] // 2)
+    def _planned_conv(self, spec: ConvSpec, **kwargs: Any) -> nn.Module:
+        return self._conv(spec.name, spec.in_channels, spec.out_channels, spec.kernel_size,
+                          groups=spec.groups, **kwargs)
+
+    def _downsampling_conv(self, stage: int, spec: ConvSpec) -> nn.Module:
+        if self._is_dense(stage):
+            dilation = self.dilations[stage - 1]
+            return self._planned_conv(spec, padding=dilation, dilation=dilation)
+        return self._planned_conv(spec, stride=spec.kernel_size[0])
+
+    def _block_conv(self, dilation: int, spec: ConvSpec) -> nn.Module:
+        if spec.kernel_size == (1, 1):
+            return self._planned_conv(spec)
+        return self._planned_conv(spec, padding=spec.kernel_size[0] // 2 * dilation,
+                                  dilation=dilation)
 
     def _frozen_modules(self) -> list[nn.Module]:
         if self.frozen_stages < 0:

@@ -19,8 +19,9 @@ ROWS = ((1, 16, 1, 1, 1), (6, 24, 2, 2, 2), (6, 32, 3, 2, 3), (6, 64, 4, 2, 4), 
         (6, 160, 3, 2, 6), (6, 320, 1, 1, 6))
 STAGES = range(1, 7)
 
-# The feature layer that each output is taken after.
+# The feature layer that each output is taken after, and the last block's.
 OUTPUT_LAYERS = (1, 3, 6, 13, 18)
+LAST_BLOCK = 17
 
 DEPTHWISE, EXPAND, PROJECT = 'dwconv', 'pwconv0', 'pwconv1'
 
@@ -33,6 +34,7 @@ class ConvArgs(NamedTuple):
     in_channels: int
     out_channels: int
     stride: int = 1
+    dilation: int = 1
 
 
 class BlockArgs(NamedTuple):
@@ -97,13 +99,22 @@ class KWMobileNetV2(KWBackbone):
     of first use.
 
     Outputs 0 to 4 are those of the feature layers 1, 3, 6, 13 and 18, at 1/2 to 1/32 of the
-    input's size; ``mmdet.MobileNetV2`` counts them 0, 1, 2, 4, 7.
+    input's size; ``mmdet.MobileNetV2`` counts them 0, 1, 2, 4, 7. ``mmseg.MobileNetV2``, which has
+    no last layer, counts them 0, 1, 2, 4, 6 and is the static twin with ``last_layer=False``.
+    ``strides`` and ``dilations`` are those of ``mmseg.MobileNetV2``: an output stride of 8 is
+    ``(1, 2, 2, 1, 1, 1, 1)`` and ``(1, 1, 1, 2, 2, 4, 4)`` there, one of 16
+    ``(1, 2, 2, 2, 1, 1, 1)`` and ``(1, 1, 1, 1, 1, 2, 2)``. Neither changes warehouses or keys.
 
     Args:
         widen_factor: Width, > 0. Channels are rounded to multiples of 8.
         in_channels: Channels of the input image.
         share_pointwise: Whether expanding and projecting layers of a stage share one warehouse.
         static_pointwise_stages: KW stages, of 1 to 6, whose pointwise layers stay static.
+        strides: Stride of the first block of each of the 7 rows of blocks, None for the network's
+            own, ``(1, 2, 2, 2, 1, 2, 1)``.
+        dilations: Dilation of the first block of each row; the blocks that follow have none.
+        last_layer: Whether output 4 is that of the last 1x1 layer (1280 channels) or of the last
+            block (320), as segmentation has it; the layer is then idle.
         out_indices: Outputs that are returned, rising.
         frozen_stages: The layers up to this output are frozen, -1 for none.
         freeze_cells: Whether to freeze also the cells that frozen layers draw on, though
@@ -125,6 +136,8 @@ class KWMobileNetV2(KWBackbone):
 
     def __init__(self, widen_factor: float = 1.0, in_channels: int = 3,
                  share_pointwise: bool = True, static_pointwise_stages: Sequence[int] = (),
+                 strides: Sequence[int] | None = None,
+                 dilations: Sequence[int] = (1, 1, 1, 1, 1, 1, 1), last_layer: bool = True,
                  out_indices: Sequence[int] = (1, 2, 3, 4), frozen_stages: int = -1,
                  freeze_cells: bool = False, norm_cfg: Mapping[str, Any] | None = None,
                  act_cfg: Mapping[str, Any] | None = None, norm_eval: bool = False,
@@ -138,10 +151,16 @@ class KWMobileNetV2(KWBackbone):
         out_indices = check_indices('out_indices', out_indices, len(OUTPUT_LAYERS))
         check_choice('frozen_stages', frozen_stages, range(-1, len(OUTPUT_LAYERS)))
         check_drop_path_rate(drop_path_rate)
-        stem, blocks, last = _layout(widen_factor, in_channels)
+        strides = tuple(row[3] for row in ROWS) if strides is None else strides
+        for name, values in (('strides', strides), ('dilations', dilations)):
+            if len(values) != len(ROWS) or any(value < 1 for value in values):
+                raise ValueError(f'{name} must hold a positive integer for each of the {len(ROWS)} '
+                                 f'rows of blocks, got {values!r}')
+        stem, blocks, last = _layout(widen_factor, in_channels, strides, dilations)
         specs = _dynamic_convs(stem, blocks, last, share_pointwise, static_pointwise_stages)
         super().__init__(specs, kw_cfg, static, frozen_stages, freeze_cells, norm_eval, init_cfg)
         self.out_indices = out_indices
+        self.output_layers = OUTPUT_LAYERS if last_layer else (*OUTPUT_LAYERS[:-1], LAST_BLOCK)
         norm_cfg = dict(norm_cfg or dict(type='BN'))
         act_cfg = dict(act_cfg or dict(type='ReLU6'))
 
@@ -159,9 +178,9 @@ class KWMobileNetV2(KWBackbone):
             x: Images, ``(N, in_channels, H, W)``.
 
         Returns:
-            One ``(N, C_i, H_i, W_i)`` for each; H_i = H / (2, 4, 8, 16, 32).
+            One ``(N, C_i, H_i, W_i)`` for each; with standard strides H_i = H / (2, 4, 8, 16, 32).
         """
-        wanted = [OUTPUT_LAYERS[i] for i in self.out_indices]
+        wanted = [self.output_layers[i] for i in self.out_indices]
         outputs = []
         for i, layer in enumerate(self.features[:wanted[-1] + 1]):
             x = layer(x)
@@ -190,15 +209,16 @@ class KWMobileNetV2(KWBackbone):
     def _block_conv(self, conv: ConvArgs) -> nn.Module:
         kernel_size, groups = _kernel_and_groups(conv)
         return self._conv(conv.path, conv.in_channels, conv.out_channels, kernel_size,
-                          stride=conv.stride, padding=kernel_size // 2, groups=groups, bias=False)
+                          stride=conv.stride, padding=kernel_size // 2 * conv.dilation,
+                          dilation=conv.dilation, groups=groups, bias=False)
 
     def _frozen_modules(self) -> list[nn.Module]:
         if self.frozen_stages < 0:
             return []
-        return list(self.features[:OUTPUT_LAYERS[self.frozen_stages] + 1])
+        return list(self.features[:self.output_layers[self.frozen_stages] + 1])
 
     def _idle_modules(self) -> list[nn.Module]:
-        return list(self.features[OUTPUT_LAYERS[self.out_indices[-1]] + 1:])
+        return list(self.features[self.output_layers[self.out_indices[-1]] + 1:])
 
 
 def make_divisible(value: float, divisor: int = 8) -> int:
@@ -207,18 +227,19 @@ def make_divisible(value: float, divisor: int = 8) -> int:
     return rounded if rounded >= 0.9 * value else rounded + divisor
 
 
-def _layout(widen_factor: float, in_channels: int) -> tuple[ConvArgs, list[BlockArgs], ConvArgs]:
+def _layout(widen_factor: float, in_channels: int, strides: Sequence[int],
+            dilations: Sequence[int]) -> tuple[ConvArgs, list[BlockArgs], ConvArgs]:
     """The stem, the blocks and the last layer."""
     channels = make_divisible(32 * widen_factor)
     stem = ConvArgs('features.0.0', 'stem', in_channels, channels, 2)
     blocks = []
     previous = STAGES[0]
-    for expansion, width, num_blocks, row_stride, stage in ROWS:
+    for (expansion, width, num_blocks, _, stage), *first in zip(ROWS, strides, dilations):
         for i in range(num_blocks):
-            stride = row_stride if i == 0 else 1
+            stride, dilation = first if i == 0 else (1, 1)
             hidden, out_channels = channels * expansion, make_divisible(width * widen_factor)
             path = f'features.{len(blocks) + 1}.conv'
-            depthwise = ConvArgs(f'{path}.0.0', DEPTHWISE, hidden, hidden, stride)
+            depthwise = ConvArgs(f'{path}.0.0', DEPTHWISE, hidden, hidden, stride, dilation)
             project = ConvArgs(f'{path}.1', PROJECT, hidden, out_channels)
             if expansion == 1:
                 convs = [depthwise, project]

@@ -1,0 +1,5 @@
+# The static baseline.
+_base_ = [
+    'mmseg::mobilenet_v2/mobilenet-v2-d8_deeplabv3plus_4xb4-160k_ade20k-512x512.py',
+    '../_base_/plugin.py',
+]

@@ -1,0 +1,43 @@
+"""The configs of the project, for the tests of all, of the detectors' and of the segmentors'."""
+import copy
+import functools
+from pathlib import Path
+
+from mmengine.config import Config
+
+ROOT = Path(__file__).parents[1] / 'configs'
+CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob('[!_]*/*.py'))
+
+SEGMENTORS = ('deeplabv3plus', 'fcn', 'fpn', 'pspnet', 'upernet')
+SEG_CONFIGS = [name for name in CONFIGS if Path(name).stem.split('_')[0] in SEGMENTORS]
+DET_CONFIGS = [name for name in CONFIGS if name not in SEG_CONFIGS]
+
+
+def read_config(name):
+    """A config, to be changed at will; each is read once, for that takes a third of a second."""
+    return copy.deepcopy(_read(name))
+
+
+@functools.cache
+def _read(name):
+    return Config.fromfile(ROOT / name)
+
+
+def dicts(node):
+    """All dicts inside a config."""
+    if isinstance(node, dict):
+        yield node
+        node = list(node.values())
+    if isinstance(node, (list, tuple)):
+        for child in node:
+            yield from dicts(child)
+
+
+def without_downloads(model):
+    """A model's config with no weights to fetch."""
+    for node in dicts(model):
+        if 'checkpoint' in str(node.get('init_cfg')):
+            node.init_cfg = None
+    if 'pretrained' in model:
+        model.pretrained = None
+    return model

@@ -1,0 +1,146 @@
+"""Both toolboxes in one process: training, predicting, and tools/infer.py."""
+import importlib.util
+import re
+from pathlib import Path
+
+import cv2
+import pytest
+import torch
+from mmdet.apis import inference_detector
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from mmengine.runner import Runner
+from mmseg.apis import inference_model, init_model
+
+from kw_mm.datasets import SHAPE_CLASSES, write_shapes
+from kw_mm.engine.inference import Predictor, find_images, scope_of
+from kw_mm.engine.local_training import use_shapes
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = dict(det=ROOT / 'configs' / 'demo' / 'mask-rcnn_kw1x-r18_fpn_shapes.py',
+               seg=ROOT / 'configs' / 'demo' / 'fpn_kw1x-r18_shapes.py')
+CLASSES = dict(det=SHAPE_CLASSES, seg=('background', *SHAPE_CLASSES))
+
+
+@pytest.fixture(autouse=True, scope='module')
+def scope():
+    """Whatever is left behind here is gone for the tests of other files."""
+    with DefaultScope.overwrite_default_scope('mmengine'):
+        yield
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return write_shapes(tmp_path_factory.mktemp('shapes'), num_train=4, num_val=2, size=64)
+
+
+def config(kind, data):
+    path = str(CONFIGS[kind])
+    cfg = Config.fromfile(path)
+    cfg.merge_from_dict(use_shapes(str(data.root), path))
+    cfg.merge_from_dict({
+        'model.backbone.base_channels': 8, 'model.neck.in_channels': [8, 16, 32, 64],
+        'train_dataloader.batch_size': 2, 'train_cfg.max_epochs': 1})
+    return cfg
+
+
+@pytest.fixture(scope='module')
+def trained(data, tmp_path_factory):
+    """The checkpoints of a detector, a segmentor and another detector, trained in this order."""
+    checkpoints = []
+    for kind in ('det', 'seg', 'det'):
+        cfg = config(kind, data)
+        cfg.work_dir = str(tmp_path_factory.mktemp(kind))
+        runner = Runner.from_cfg(cfg)
+        runner.train()
+        assert runner.visualizer.dataset_meta['classes'] == CLASSES[kind]
+        checkpoints.append(Path(cfg.work_dir, 'epoch_1.pth'))
+    return checkpoints
+
+
+@pytest.fixture(scope='module')
+def predictors(data, trained):
+    detector, segmentor, _ = trained
+    return dict(det=Predictor(config('det', data), str(detector), 'cpu'),
+                seg=Predictor(config('seg', data), str(segmentor), 'cpu'))
+
+
+def test_each_training_has_its_own_classes(trained):
+    for kind, checkpoint in zip(('det', 'seg', 'det'), trained, strict=True):
+        meta = torch.load(checkpoint)['meta']
+        assert tuple(meta['dataset_meta']['classes']) == CLASSES[kind]
+
+
+def test_inferencers_take_turns(data, predictors, tmp_path):
+    images = find_images([str(data.images('val'))])
+    for kind in ('det', 'seg', 'seg', 'det', 'seg'):
+        out_dir = tmp_path / kind
+        pictures = predictors[kind](images, str(out_dir), score_thr=0)
+        assert [p.name for p in pictures] == ['000000.jpg', '000001.jpg']
+        assert predictors[kind].classes == CLASSES[kind]
+        for image, picture in zip(images, pictures):
+            drawn = cv2.imread(str(picture))
+            assert drawn.shape == (64, 64, 3)
+            assert abs(drawn.astype(int) - cv2.imread(image)).max() > 40
+            picture.unlink()
+        assert (out_dir / 'pred').is_dir() == (kind == 'seg')
+
+
+def test_functions_of_the_toolboxes_need_the_scope(data, predictors, trained):
+    # inference_detector builds a pipeline in each call. After a segmentor was built it ended in
+    # TypeError: LoadAnnotations.__init__() got an unexpected keyword argument 'with_bbox'.
+    image = str(data.images('val') / '000000.jpg')
+    detector = predictors['det'].inferencer.model
+    segmentor = init_model(config('seg', data), str(trained[1]), device='cpu')
+    assert DefaultScope.get_current_instance().scope_name == 'mmseg'
+    with scope_of(config('det', data)):
+        found = inference_detector(detector, image)
+    assert found.pred_instances.masks.shape[1:] == (64, 64)
+    assert DefaultScope.get_current_instance().scope_name == 'mmseg'
+    with scope_of(segmentor.cfg):
+        assert inference_model(segmentor, image).pred_sem_seg.data.shape == (1, 64, 64)
+
+
+@pytest.fixture
+def infer():
+    spec = importlib.util.spec_from_file_location('infer', ROOT / 'tools' / 'infer.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+OPTIONS = ['--device', 'cpu', '--cfg-options', 'model.backbone.base_channels=8',
+           'model.neck.in_channels=[8,16,32,64]']
+
+
+@pytest.mark.parametrize('kind, index', [('det', 2), ('seg', 1)])
+def test_the_tool_writes_pictures(data, trained, tmp_path, capsys, infer, kind, index):
+    image = data.images('val') / '000001.jpg'
+    infer([str(CONFIGS[kind]), str(trained[index]), str(image), '--out-dir', str(tmp_path),
+           *OPTIONS])
+    assert capsys.readouterr().out.splitlines()[-1] == f'1 pictures in {tmp_path / "vis"}'
+    assert [path.name for path in (tmp_path / 'vis').iterdir()] == ['000001.jpg']
+
+
+@pytest.mark.parametrize('checkpoint, image, message', [
+    ('no.pth', 'a.jpg', "checkpoint 'no.pth' does not exist"),
+    (None, 'no.jpg', "image 'no.jpg' does not exist"),
+    (None, 'empty', "folder 'empty' must have images in it"),
+    (None, ['a.jpg', 'full'], "names of their own.*more than one 'a.jpg'")])
+def test_the_tool_reports_mistakes(trained, tmp_path, monkeypatch, capsys, infer, checkpoint,
+                                   image, message):
+    monkeypatch.chdir(tmp_path)
+    for folder in ('empty', 'full'):
+        Path(folder).mkdir()
+    for path in ('a.jpg', 'full/a.jpg', 'empty/notes.txt'):
+        Path(path).write_bytes(b'')
+    images = [image] if isinstance(image, str) else image
+    with pytest.raises(SystemExit) as exit_:
+        infer([str(CONFIGS['seg']), checkpoint or str(trained[1]), *images, *OPTIONS])
+    assert exit_.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_scope_of_another_toolbox():
+    with pytest.raises(ValueError, match="default_scope must be 'mmdet' or 'mmseg', got 'mmpose'"):
+        scope_of(dict(default_scope='mmpose'))
