@@ -55,7 +55,7 @@ def samples(num, size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', MODEL_CONFIGS.values())
+@pytest.mark.parametrize('name', SEG_CONFIGS)
 def test_a_training_step_and_a_prediction(name):
     torch.manual_seed(0)
     cfg = read_config(name)

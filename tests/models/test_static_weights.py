@@ -5,7 +5,9 @@ import pytest
 import torch
 from mmdet.models.backbones import MobileNetV2, ResNet
 from mmengine.model import BaseModule
+from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import checkpoint as mmengine_checkpoint
+from mmseg.models.backbones import ResNetV1c
 from torch import nn
 
 from kw_mm import KWConvNeXt, KWMobileNetV2, KWResNet, StaticPretrained, set_temperature
@@ -116,6 +118,35 @@ def test_mmdets_resnet_in_part_and_dilated(tmp_path):
     static.load_state_dict({k: v for k, v in full.state_dict().items() if 'layer4' not in k})
     static.eval()
     assert same(started(KWResNet, tmp_path / 'static.pth', **kwargs, **part), static)
+
+
+V1C = dict(depth=50, stem_channels=16, base_channels=8, strides=(1, 2, 1, 1),
+           dilations=(1, 1, 2, 4), contract_dilation=True, norm_eval=False)
+
+
+@pytest.mark.parametrize('budget', [1, 4])
+def test_mmsegs_dilated_resnet(tmp_path, budget):
+    static = ResNetV1c(**V1C)
+    static.init_weights()
+    static.eval()
+    for norm in (m for m in static.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight, 0.5, 1.5), nn.init.normal_(norm.running_mean, 0, 0.2)
+    torch.save(dict(state_dict=static.state_dict()), tmp_path / 'v1c.pth')
+    model = KWResNet(**V1C, deep_stem=True, kw_cfg=dict(cell_num_ratio=budget), init_cfg=dict(
+        type='StaticPretrained', checkpoint=str(tmp_path / 'v1c.pth')))
+    model.init_weights()
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        converted = MODELS.build(dict(
+            type='KWConverted', kw_cfg=dict(cell_num_ratio=budget), module=dict(
+                type='ResNetV1c', **V1C, init_cfg=dict(
+                    type='Pretrained', checkpoint=str(tmp_path / 'v1c.pth')))))
+        converted.init_weights()
+    x = torch.randn(1, 3, 64, 96)
+    expected = static(x)
+    for kw in (model, converted):
+        kw.eval()
+        for actual, wanted in zip(kw(x), expected, strict=True):
+            assert (actual - wanted).norm() < 1e-5 * wanted.norm()
 
 
 def torchvision_convnext(state):
