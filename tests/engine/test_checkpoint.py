@@ -44,7 +44,8 @@ class CraftedNamespace:
 
 
 @pytest.mark.parametrize('crafted', [Crafted(), CraftedNamespace(),
-                                     argparse.Namespace(a=Crafted())], ids=str)
+                                     argparse.Namespace(a=Crafted())],
+                         ids=['object', 'namespace', 'inside a namespace'])
 def test_code_is_refused(folder, crafted):
     torch.save(dict(WEIGHTS, args=crafted), 'a.pth')
     with pytest.raises(ValueError, match="'a.pth' (holds|is refused|is cut off)"):
