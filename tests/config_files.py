@@ -1,6 +1,7 @@
 """The configs of the project, for the tests of all, of the detectors' and of the segmentors'."""
 import copy
 import functools
+import re
 from pathlib import Path
 
 from mmengine.config import Config
@@ -21,6 +22,14 @@ def read_config(name):
 @functools.cache
 def _read(name):
     return Config.fromfile(ROOT / name)
+
+
+def by_model(names):
+    """Lists of the names that differ in how long they train alone: 1x and 3x, 80k and 160k."""
+    models = {}
+    for name in names:
+        models.setdefault(re.sub(r'-\d+[xek]_', '_', name), []).append(name)
+    return list(models.values())
 
 
 def dicts(node):

@@ -3,7 +3,7 @@ import re
 
 import pytest
 import torch
-from config_files import CONFIGS, DET_CONFIGS, SEG_CONFIGS, read_config
+from config_files import CONFIGS, DET_CONFIGS, SEG_CONFIGS, by_model, read_config
 
 from kw_mm import KWConv2d
 
@@ -22,6 +22,14 @@ def test_all_are_read_and_import_the_package(scope, names):
         assert cfg.custom_imports.imports == ['kw_mm'], name
         assert ('kw_cfg' in str(cfg.model.backbone) and cfg.model.backbone.kw_cfg is not None) == (
             '_kw' in name), name
+
+
+def test_one_of_them_stands_for_all_that_differ_in_length():
+    # The tests with a training step take one of each list.
+    for first, *others in by_model(CONFIGS):
+        for name in others:
+            cfg, same = read_config(name), read_config(first)
+            assert (cfg.model, cfg.optim_wrapper) == (same.model, same.optim_wrapper), name
 
 
 @pytest.mark.parametrize('name, ratio', [('kw1d2x', 0.5), ('kw1x', 1), ('kw4x', 4)])

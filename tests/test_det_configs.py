@@ -3,7 +3,7 @@ import re
 
 import pytest
 import torch
-from config_files import DET_CONFIGS, dicts, read_config, without_downloads
+from config_files import DET_CONFIGS, by_model, dicts, read_config, without_downloads
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
 from mmengine.model import revert_sync_batchnorm
@@ -21,7 +21,7 @@ def test_the_paper_s_table_is_whole():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', DET_CONFIGS)
+@pytest.mark.parametrize('name', [names[0] for names in by_model(DET_CONFIGS)])
 def test_a_training_step_and_a_prediction(name, monkeypatch):
     # The one check that keeps mmengine's mixed precision off CPUs, where bfloat16 works too.
     monkeypatch.setattr(amp_optimizer_wrapper, 'is_cuda_available', lambda: True)
@@ -58,7 +58,8 @@ def test_a_training_step_and_a_prediction(name, monkeypatch):
         # Distributed training without find_unused_parameters needs a gradient for each.
         unused = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
         assert unused == []
-        cells = [p for n, p in model.named_parameters() if 'warehouse_manager' in n]
+        cells = [p for n, p in model.named_parameters()
+                 if 'warehouse_manager' in n and p.requires_grad]
         before = [tensor.detach().clone() for tensor in cells]
         wrapper.step()
         assert not any(torch.equal(*pair) for pair in zip(before, cells))
