@@ -4,6 +4,7 @@
 _base_ = [
     'mmseg::_base_/models/fpn_r50.py',
     '../_base_/datasets/shapes_semantic.py',
+    '../_base_/schedules/shapes.py',
     '../_base_/seg_runtime.py',
 ]
 
@@ -28,13 +29,6 @@ model = dict(
 train_dataloader = dict(batch_size=8)
 max_epochs = 8
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=max_epochs)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
-optim_wrapper = dict(
-    type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
-    paramwise_cfg=dict(norm_decay_mult=0., bias_decay_mult=0.),
-    clip_grad=dict(max_norm=10))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=30),
     dict(type='CosineAnnealingLR', by_epoch=True, T_max=max_epochs, convert_to_iter_based=True,
@@ -49,4 +43,3 @@ default_hooks = dict(
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'))
 log_processor = dict(by_epoch=True)
-randomness = dict(seed=0)

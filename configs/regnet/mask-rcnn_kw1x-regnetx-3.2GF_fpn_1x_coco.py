@@ -1,8 +1,6 @@
 # A RegNet and its FPN, both dynamic by conversion.
-_base_ = 'mmdet::regnet/mask-rcnn_regnetx-3.2GF_fpn_1x_coco.py'
+_base_ = ['mmdet::regnet/mask-rcnn_regnetx-3.2GF_fpn_1x_coco.py', '../_base_/plugin.py']
 
-custom_imports = dict(imports=['kw_mm'], allow_failed_imports=False)
-custom_hooks = [dict(type='RandomStateHook')]
 kw_cfg = dict(cell_num_ratio=1, attn_norm='LN')
 model = dict(
     backbone=dict(

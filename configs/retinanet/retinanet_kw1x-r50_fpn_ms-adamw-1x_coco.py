@@ -3,11 +3,7 @@ _base_ = [
     '../_base_/datasets/coco-detection_ms-crop.py',
     '../_base_/schedules/adamw-1x.py',
     '../_base_/runtime.py',
+    '../_base_/backbones/kw1x-r50.py',
 ]
 
-model = dict(
-    backbone=dict(
-        type='KWResNet',
-        drop_path_rate=0.1,
-        kw_cfg=dict(cell_num_ratio=1),
-        init_cfg=dict(type='StaticPretrained', checkpoint='torchvision://resnet50')))
+model = dict(backbone=_base_.kw_backbone)

@@ -1,8 +1,6 @@
 # The MLPs and patch merging layers of a Swin-T share warehouses, one for each stage.
-_base_ = 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py'
+_base_ = ['mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py', '../_base_/plugin.py']
 
-custom_imports = dict(imports=['kw_mm'], allow_failed_imports=False)
-custom_hooks = [dict(type='RandomStateHook')]
 model = dict(
     backbone=dict(
         _delete_=True,

@@ -1,17 +1,14 @@
 # The static baseline: the optimizer and tests by windows of ConvNeXt on ADE20K, and its warm-up,
 # in the schedule of Cityscapes.
-_base_ = ['mmseg::upernet/upernet_r50_4xb2-80k_cityscapes-512x1024.py', '../_base_/plugin.py']
+_base_ = [
+    'mmseg::upernet/upernet_r50_4xb2-80k_cityscapes-512x1024.py',
+    '../_base_/plugin.py',
+    '../_base_/backbones/convnext-t.py',
+]
 
 model = dict(
     pretrained=None,
-    backbone=dict(
-        _delete_=True,
-        type='KWConvNeXt',
-        arch='tiny',
-        static=True,
-        drop_path_rate=0.4,
-        layer_scale_init_value=1.0,
-        init_cfg=dict(type='StaticPretrained', checkpoint='torchvision://convnext_tiny')),
+    backbone=dict(_delete_=True, static=True, **_base_.convnext),
     decode_head=dict(in_channels=[96, 192, 384, 768]),
     auxiliary_head=dict(in_channels=384),
     test_cfg=dict(mode='slide', crop_size=(512, 1024), stride=(341, 683)))
