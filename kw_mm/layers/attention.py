@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import basis_logits, mixing_weights
+from ..ops import basis_logits, mean_positions, mixing_weights
 from ..plan import LayerPlan
 
 
@@ -85,7 +85,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mixing weights ``(N, m, n)`` of an input ``(N, C, *spatial)``."""
-        pooled = x.mean(tuple(range(2, x.dim())))
+        pooled = mean_positions(x)
         rows = self.fc2(F.relu(self.norm1(self.fc1(pooled))))
         rows = rows.unflatten(1, (self.num_mixtures, -1))
         if self.fc3 is not None:

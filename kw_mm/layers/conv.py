@@ -1,7 +1,7 @@
 """KW convolutions: drop-in for ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,13 +9,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import WarehouseConfig
-from ..ops import assemble_kernel, dynamic_conv
+from ..ops import assemble_kernel, collect_gradients, dynamic_conv
 from ..plan import ConvSpec, LayerPlan, plan_warehouses
 from .attention import Attention
 from .static_start import start_from_static_
 from .warehouse import WarehouseManager
 
 PADDING_MODES = ('zeros', 'reflect', 'replicate', 'circular')
+
+
+def convolve(layer: nn.Module, x: Tensor, make_kernel: Callable[[Tensor], Tensor]) -> Tensor:
+    """Convolves ``x`` as the geometry of a layer says, each sample with its own kernel.
+
+    Args:
+        layer: A KW convolution, or what has its geometry and bias.
+        x: ``(N, C_in, *spatial)``.
+        make_kernel: Maps ``x`` to kernels ``(N, C_out, C_in / groups, *k)``.
+
+    Raises:
+        ValueError: If ``x`` has no batch dimension or another number of channels.
+    """
+    if x.dim() != layer.num_dims + 2 or x.shape[1] != layer.in_channels:
+        raise ValueError(f'x must be (N, {layer.in_channels}) and {layer.num_dims} spatial '
+                         f'dimension(s), got {tuple(x.shape)}')
+    kernel = make_kernel(x)
+    padding = layer.padding
+    if layer.padding_mode != 'zeros':
+        x = F.pad(x, layer.pads, mode=layer.padding_mode)
+        padding = (0,) * layer.num_dims
+    return dynamic_conv(x, kernel, layer.bias, layer.stride, padding, layer.dilation, layer.groups)
 
 
 class _KWConvNd(nn.Module):
@@ -154,7 +176,8 @@ class _KWConvNd(nn.Module):
 
     def kernel(self, x: Tensor) -> Tensor:
         """The kernels for an input ``(N, C_in, *spatial)``: ``(N, C_out, C_in / groups, *k)``."""
-        return assemble_kernel(self.attention(x), self.cells, self.plan.grid, self.kernel_size)
+        return assemble_kernel(self.attention(x), collect_gradients(self.cells), self.plan.grid,
+                               self.kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolves ``(N, C_in, *spatial)``, each sample with its own kernel; N may be 0.
@@ -162,15 +185,7 @@ class _KWConvNd(nn.Module):
         Raises:
             ValueError: If ``x`` has no batch dimension or another number of channels.
         """
-        if x.dim() != self.num_dims + 2 or x.shape[1] != self.in_channels:
-            raise ValueError(f'x must be (N, {self.in_channels}) and {self.num_dims} spatial '
-                             f'dimension(s), got {tuple(x.shape)}')
-        kernel = self.kernel(x)
-        padding = self.padding
-        if self.padding_mode != 'zeros':
-            x = F.pad(x, self._pads, mode=self.padding_mode)
-            padding = (0,) * self.num_dims
-        return dynamic_conv(x, kernel, self.bias, self.stride, padding, self.dilation, self.groups)
+        return convolve(self, x, self.kernel)
 
     def extra_repr(self) -> str:
         text = (f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, '
@@ -198,7 +213,7 @@ class _KWConvNd(nn.Module):
                 f'padding_mode must be one of {PADDING_MODES}, got {self.padding_mode!r}')
         if not isinstance(padding, str):
             sides = padding = self._tuple('padding', padding, 0)
-            self._pads = tuple(side for p in reversed(sides) for side in (p, p))
+            self.pads = tuple(side for p in reversed(sides) for side in (p, p))
             return padding
         if padding not in ('same', 'valid'):
             raise ValueError(f"padding must be integers, 'same' or 'valid', got {padding!r}")
@@ -206,7 +221,7 @@ class _KWConvNd(nn.Module):
             raise ValueError(f"padding='same' needs stride 1, got stride {self.stride}")
         totals = [d * (k - 1) * (padding == 'same')
                   for d, k in zip(self.dilation, self.kernel_size)]
-        self._pads = tuple(s for t in reversed(totals) for s in (t // 2, t - t // 2))
+        self.pads = tuple(s for t in reversed(totals) for s in (t // 2, t - t // 2))
         return padding
 
     @staticmethod

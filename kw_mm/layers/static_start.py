@@ -18,7 +18,7 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
-from ..ops import mixing_weights
+from ..ops import cut_kernel, mixing_weights
 from ..ops.reference import EPS
 from ..plan import LayerPlan, Warehouse
 from ..table import format_table
@@ -121,23 +121,9 @@ def start_from_static_(layers: Iterable[LayerWeights]) -> StartReport:
     return StartReport(tuple(starts))
 
 
-def cut_kernel(weight: Tensor, plan: LayerPlan) -> Tensor:
-    """Cuts a static kernel into its mixtures, the inverse of ``ops.assemble_kernel``.
-
-    Args:
-        weight: ``(out, in / groups, *k)``.
-        plan: The layer's plan.
-
-    Returns:
-        One row for each mixture, ``(m, c_out * c_in * prod(cell kernel))``, rows ordered
-        (position, output group, input group) (method, section 4).
-    """
-    num_positions, num_out_groups, num_in_groups = plan.grid
-    c_out, c_in, *cell_kernel = plan.cell_shape
-    # Either the positions or the cells' own extent is 1.
-    pieces = weight.reshape(num_out_groups, c_out, num_in_groups, c_in, num_positions,
-                            math.prod(cell_kernel))
-    return pieces.permute(4, 0, 2, 1, 3, 5).flatten(3).flatten(0, 2)
+def cut_static(weight: Tensor, plan: LayerPlan) -> Tensor:
+    """One row for each mixture of a static kernel, ``(m, c_out * c_in * prod(cell kernel))``."""
+    return cut_kernel(weight[None], plan.grid, plan.cell_shape).flatten(4).flatten(0, 3)
 
 
 def _start_warehouse(index: int, warehouse: Warehouse,
@@ -153,7 +139,7 @@ def _start_warehouse(index: int, warehouse: Warehouse,
                   num_cells=warehouse.num_cells, num_mixtures=warehouse.num_mixtures, exact=exact)
     if cells.is_meta:
         return WarehouseStart(**report, error=math.nan, optimum=0.0 if exact else math.nan)
-    pieces = [cut_kernel(weight.to(cells.device, torch.float64), layer.plan)
+    pieces = [cut_static(weight.to(cells.device, torch.float64), layer.plan)
               for layer, weight, _ in members]
     if exact:
         optimum = 0.0

@@ -47,6 +47,11 @@ class WarehouseManager(nn.Module):
         """Returns its input: as the last child of an ``nn.Sequential`` it is in nobody's way."""
         return x
 
+    def _apply(self, fn, recurse: bool = True):
+        # Module.to(memory_format=torch.channels_last) takes any five dimensions for those of a 3-d
+        # convolution and fails: cells are shown to it without their spatial extent.
+        return super()._apply(lambda t: fn(t.flatten(2)).view(t.shape), recurse)
+
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         # mmengine loads what fits and logs the rest, which would leave cells at random.
         for i, cells in enumerate(self.weights):

@@ -2,21 +2,132 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
+
+from .cell_gradients import collector_of, leave_factors
+
+# A product of few rows and a very wide matrix runs at a fraction of a CPU's rate. Cut into blocks
+# of at least so many columns it is a batch of products that stay in the cache, 2 to 4 times as
+# fast. Smaller cells are not worth it.
+BLOCK_WIDTH = 512
+MIN_BLOCKED_SIZE = 2**14
+# Columns summed over at a time by the gradient of the mixing weights, whose few results would
+# otherwise leave all threads but one idle.
+SUM_WIDTH = 2**14
 
 
 def assemble_kernel(alpha: Tensor, cells: Tensor, grid: Sequence[int],
                     kernel_size: Sequence[int]) -> Tensor:
-    """Mixes cells with one matrix product and puts them in place with one copy; see
-    ``reference``."""
-    num_samples, num_positions, num_out_groups, num_in_groups = len(alpha), *grid
-    c_out, c_in, *cell_kernel = cells.shape[1:]
-    # One product over all samples: a batched one would read the cells once for each.
-    mixtures = alpha.flatten(0, 1) @ cells.flatten(1)
-    mixtures = mixtures.view(num_samples, num_positions, num_out_groups, num_in_groups, c_out, c_in,
-                             math.prod(cell_kernel))
-    # Either the positions or the cells' own extent is 1, so that (S, k) flattens to the kernel.
-    kernel = mixtures.permute(0, 2, 4, 3, 5, 1, 6)
-    return kernel.reshape(num_samples, num_out_groups * c_out, num_in_groups * c_in, *kernel_size)
+    """Mixes cells in blocks of their rows and puts the mixtures in place with one copy; see
+    ``reference``.
+
+    Cells that ``collect_gradients`` returned get the gradient of all their uses at once.
+    """
+    collector = collector_of(cells)
+    if collector is not None:
+        return _AssembleCollected.apply(alpha.to(cells.dtype), cells, collector, grid, kernel_size)
+    return _assemble(alpha, cells, grid, kernel_size)
+
+
+def cut_kernel(kernel: Tensor, grid: Sequence[int], cell_shape: Sequence[int]) -> Tensor:
+    """Cuts kernels into their mixtures, the inverse of ``assemble_kernel``; a view.
+
+    Args:
+        kernel: ``(N, out, in / groups, *k)``.
+        grid: ``(S, OG, IG)``, positions and groups of cells that tile the kernel.
+        cell_shape: ``(c_out, c_in, *k)``.
+
+    Returns:
+        ``(N, S, OG, IG, c_out, c_in, prod(k of a cell))``.
+    """
+    num_positions, num_out_groups, num_in_groups = grid
+    c_out, c_in, *cell_kernel = cell_shape
+    # Either the positions or the cells' own extent is 1.
+    pieces = kernel.reshape(len(kernel), num_out_groups, c_out, num_in_groups, c_in, num_positions,
+                            math.prod(cell_kernel))
+    return pieces.permute(0, 5, 1, 3, 2, 4, 6)
+
+
+def mix_cells(alpha: Tensor, cells: Tensor, make_out: Callable[..., Tensor | None] | None = None
+              ) -> Tensor:
+    """Mixtures as they come, before they are put in place.
+
+    Args:
+        alpha: ``(N, m, n)``.
+        cells: ``(n, c_out, c_in, *k)``.
+        make_out: Gives memory for a result of a shape, if it has any.
+
+    Returns:
+        ``(N, m, blocks, rows, c_in, prod(k))``, a view; the rows of all blocks are ``c_out``.
+    """
+    c_out, c_in = cells.shape[1:3]
+    rows = _rows_per_block(cells)
+    blocks = cells.reshape(len(cells), c_out // rows, -1).transpose(0, 1)
+    alphas = alpha.flatten(0, 1)
+    out = make_out and make_out((len(blocks), len(alphas), blocks.shape[2]))
+    blocks = batch_product(alphas, blocks, out)
+    return blocks.view(c_out // rows, *alpha.shape[:2], rows, c_in,
+                       math.prod(cells.shape[3:])).permute(1, 2, 0, 3, 4, 5)
+
+
+def _assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int],
+              kernel_size: Sequence[int]) -> Tensor:
+    # (N, S, OG, IG, blocks, rows, c_in, k); as in cut_kernel, (S, k) flattens to the kernel.
+    mixtures = mix_cells(alpha, cells).unflatten(1, grid)
+    return mixtures.permute(0, 2, 4, 5, 3, 6, 1, 7).reshape(
+        len(alpha), grid[1] * cells.shape[1], grid[2] * cells.shape[2], *kernel_size)
+
+
+class _AssembleCollected(torch.autograd.Function):
+    """``_assemble`` that leaves the gradient of the cells to their collector."""
+
+    @staticmethod
+    def forward(ctx: Any, alpha: Tensor, cells: Tensor, collector: Any, grid: Sequence[int],
+                kernel_size: Sequence[int]) -> Tensor:
+        ctx.save_for_backward(alpha, cells)
+        ctx.collector = collector
+        ctx.grid = grid
+        collector.num_rows += len(alpha) * alpha.shape[1]
+        return _assemble(alpha, cells, grid, kernel_size)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        alpha, cells = ctx.saved_tensors
+        grad = leave_factors(ctx.collector, alpha.flatten(0, 1),
+                             cut_kernel(grad, ctx.grid, cells.shape[1:]))
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, None
+        grad_alpha = _sum_products(grad, cells.flatten(1)).view(alpha.shape)
+        return grad_alpha, None, None, None, None
+
+
+def batch_product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """``(R, n)``, or ``(B, R, n)``, times each of ``(B, n, width)``: ``(B, R, width)``."""
+    if len(right) == 1:
+        return torch.matmul(left, right[0], out=None if out is None else out[0]).view(
+            1, -1, right.shape[2])
+    return torch.bmm(left.expand(len(right), -1, -1), right, out=out)
+
+
+def _sum_products(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right.T`` of few rows and very many columns."""
+    size = left.shape[1]
+    if left.device.type != 'cpu' or size % SUM_WIDTH:
+        return left @ right.T
+    left, right = (t.unflatten(1, (-1, SUM_WIDTH)).transpose(0, 1) for t in (left, right))
+    return (left @ right.transpose(1, 2)).sum(0)
+
+
+def _rows_per_block(cells: Tensor) -> int:
+    c_out, width = cells.shape[1], math.prod(cells.shape[2:])
+    # On a GPU one product does; on the meta device it is the one that tools count.
+    if cells.device.type != 'cpu' or c_out * width < MIN_BLOCKED_SIZE:
+        return c_out
+    if cells.stride(1) > cells.stride(0):
+        return 1  # stored row by row
+    return next(rows for rows in range(1, c_out + 1)
+                if c_out % rows == 0 and (rows * width >= BLOCK_WIDTH or rows == c_out))

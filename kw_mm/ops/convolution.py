@@ -2,69 +2,110 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Output positions up to which, on a CPU, im2col and one batched product beat a convolution of
-# many groups: kernels then outweigh feature maps. Measured with ResNet18's shapes, 2 cores.
-IM2COL_POSITIONS = 256
+# Bounds of output positions, on a CPU; measured with ResNet50's shapes on 2 cores, see
+# docs/performance.md. Up to the first the kernels outweigh the feature maps by so much that
+# bringing them into a convolution's own order costs more than im2col does.
+IM2COL_POSITIONS = 64
+# From here on the groups of a grouped convolution are large enough to keep it busy.
+GROUPED_POSITIONS = 1024
 
 
 def dynamic_conv(x: Tensor, kernel: Tensor, bias: Tensor | None, stride: Sequence[int],
                  padding: Sequence[int] | str, dilation: Sequence[int], groups: int) -> Tensor:
-    """Convolves each sample with its own kernel; see ``reference``."""
-    num_samples, kernel_size = len(kernel), kernel.shape[3:]
-    if num_samples < 2:
-        # A convolution like any other. With no sample at all, the empty sum keeps every parameter
-        # in the graph: it gets its (zero) gradient, which distributed training waits for.
-        conv = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
-        single = kernel[0] if num_samples else kernel.sum(0)
-        return conv(x, single, bias, stride, padding, dilation, groups)
-    is_plain = groups == 1 and not isinstance(padding, str)
-    if is_plain and max(kernel_size) == 1 and not any(padding):
-        y = _pointwise(x, kernel, stride)
-    elif is_plain and x.dim() == 4 and x.device.type == 'cpu' and math.prod(
-            _output_size(x.shape[2:], kernel_size, stride, padding, dilation)
-    ) <= IM2COL_POSITIONS:
-        y = _im2col(x, kernel, stride, padding, dilation)
-    else:
-        y = _grouped(x, kernel, stride, padding, dilation, groups)
+    """Convolves each sample with its own kernel; see ``reference``.
+
+    Kernels may lie in memory as they are indexed, or position before input channel as channels-
+    last feature maps want them.
+    """
+    path = choose_path(x, kernel, stride, padding, dilation, groups)
+    if path in (_one, _none):
+        return path(x, kernel, bias, stride, padding, dilation, groups)
+    y = path(x, kernel, stride, padding, dilation, groups)
     if bias is None:
         return y
     # Under autocast the products are in half precision, and so is a convolution with its bias.
-    return y + bias.to(y.dtype).view(-1, *(1,) * len(kernel_size))
+    return y.add_(bias.to(y.dtype).view(-1, *(1,) * (kernel.dim() - 3)))
 
 
-def _pointwise(x: Tensor, kernel: Tensor, stride: Sequence[int]) -> Tensor:
+def choose_path(x: Tensor, kernel: Tensor, stride: Sequence[int], padding: Sequence[int] | str,
+                dilation: Sequence[int], groups: int) -> Callable[..., Tensor]:
+    """The function that convolves such tensors fastest, by what was measured."""
+    num_samples, kernel_size = len(kernel), kernel.shape[3:]
+    if num_samples == 0:
+        return _none
+    is_pointwise = max(kernel_size) == 1
+    is_plain = groups == 1 and not isinstance(padding, str)
+    if is_pointwise and is_plain and not any(padding) and num_samples > 1:
+        return _pointwise
+    if x.device.type == 'cpu' and is_plain:
+        positions = math.prod(_output_size(x.shape[2:], kernel_size, stride, padding, dilation))
+        if x.dim() == 4 and not is_pointwise and positions <= IM2COL_POSITIONS and (
+                num_samples > 1 or not kernel.is_contiguous()):
+            return _im2col
+        if num_samples > 1 and positions < GROUPED_POSITIONS:
+            return _sample_by_sample
+    return _grouped if num_samples > 1 else _one
+
+
+def _none(x: Tensor, kernel: Tensor, bias: Tensor | None, *args: object) -> Tensor:
+    """No sample: the empty sum keeps every parameter in the graph, so that each gets the (zero)
+    gradient that distributed training waits for."""
+    return _conv(x)(x, kernel.sum(0), bias, *args)
+
+
+def _one(x: Tensor, kernel: Tensor, bias: Tensor | None, *args: object) -> Tensor:
+    """One sample: a convolution like any other."""
+    return _conv(x)(x, _laid_out_for(x, kernel)[0], bias, *args)
+
+
+def _pointwise(x: Tensor, kernel: Tensor, stride: Sequence[int], *_: object) -> Tensor:
     """1x1 kernels: one batched matrix product."""
     x = x[(..., *(slice(None, None, step) for step in stride))]
     return (kernel.flatten(2) @ x.flatten(2)).unflatten(2, x.shape[2:])
 
 
 def _im2col(x: Tensor, kernel: Tensor, stride: Sequence[int], padding: Sequence[int],
-            dilation: Sequence[int]) -> Tensor:
-    """2-d, no groups: one batched matrix product for each position of the kernel, added up.
-
-    Assembly leaves kernels in this order, position before channels, so that neither they nor
-    their gradients, the largest tensors at hand, are copied.
-    """
-    num_samples, out_channels, in_channels = kernel.shape[:3]
-    weights = kernel.flatten(3).permute(0, 3, 1, 2).reshape(-1, out_channels, in_channels)
+            dilation: Sequence[int], _: int) -> Tensor:
+    """2-d, no groups: one batched matrix product with what each position sees."""
+    size = _output_size(x.shape[2:], kernel.shape[3:], stride, padding, dilation)
     columns = F.unfold(x, kernel.shape[3:], dilation, padding, stride)
-    columns = columns.view(num_samples, in_channels, -1, columns.shape[-1]).transpose(1, 2)
-    y = (weights @ columns.flatten(0, 1)).unflatten(0, (num_samples, -1)).sum(1)
-    return y.unflatten(2, _output_size(x.shape[2:], kernel.shape[3:], stride, padding, dilation))
+    if not kernel.is_contiguous():
+        # Sooner the columns than the kernels, which are larger.
+        columns = columns.unflatten(1, (kernel.shape[2], -1)).transpose(1, 2).flatten(1, 2)
+        kernel = kernel.flatten(3).transpose(2, 3)
+    return (kernel.flatten(2) @ columns).unflatten(2, size)
+
+
+def _sample_by_sample(x: Tensor, kernel: Tensor, *args: object) -> Tensor:
+    """One convolution after the other."""
+    conv = _conv(x)
+    return torch.cat([conv(sample, weight, None, *args) for sample, weight in zip(
+        x.split(1), _laid_out_for(x, kernel).unbind())])
 
 
 def _grouped(x: Tensor, kernel: Tensor, stride: Sequence[int], padding: Sequence[int] | str,
              dilation: Sequence[int], groups: int) -> Tensor:
     """Any geometry: the batch as ``N * groups`` groups of one convolution."""
-    conv = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
-    y = conv(x.reshape(1, -1, *x.shape[2:]), kernel.flatten(0, 1), None, stride, padding, dilation,
-             len(kernel) * groups)
+    y = _conv(x)(x.reshape(1, -1, *x.shape[2:]), _laid_out_for(x, kernel).flatten(0, 1), None,
+                 stride, padding, dilation, len(kernel) * groups)
     return y.view(*kernel.shape[:2], *y.shape[2:])
+
+
+def _conv(x: Tensor) -> Callable[..., Tensor]:
+    return (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
+
+
+def _laid_out_for(x: Tensor, kernel: Tensor) -> Tensor:
+    """Kernels in the memory format of their input, which a convolution would else give up."""
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return kernel
+    return kernel.contiguous()
 
 
 def _output_size(size: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int],

@@ -15,6 +15,12 @@ from torch import Tensor
 EPS = 1e-3  # in the L1 normalisation (method, section 3)
 
 
+def mean_positions(x: Tensor) -> Tensor:
+    """Averages ``(N, C, *spatial)`` over positions: ``(N, C)`` (method, section 3)."""
+    positions = list(itertools.product(*map(range, x.shape[2:])))
+    return sum(x[(..., *position)] for position in positions) / len(positions)
+
+
 def mixing_weights(logits: Tensor, beta: Tensor, tau: Tensor) -> Tensor:
     """``alpha_ij = (1 - tau) z_ij / (sum_p |z_ip| + 1e-3) + tau beta_ij`` (method, section 3).
 

@@ -18,7 +18,7 @@ from kw_mm import (
     set_temperature,
 )
 from kw_mm.layers import WarehouseManager, start_from_static_
-from kw_mm.layers.static_start import MARGIN, SELECT, ZERO, cut_kernel
+from kw_mm.layers.static_start import MARGIN, SELECT, ZERO, cut_static
 from kw_mm.ops import assemble_kernel
 
 KW_CONVS = {1: KWConv1d, 2: KWConv2d, 3: KWConv3d}
@@ -130,7 +130,7 @@ def test_from_conv(drawn):
     x = torch.randn(2, conv.in_channels, *[5] * (conv.weight.dim() - 2)).double()
     kernel = layer.kernel(x)
     torch.testing.assert_close(kernel[0], kernel[1])  # blind to the input
-    pieces = cut_kernel(conv.weight, layer.plan)
+    pieces = cut_static(conv.weight, layer.plan)
     # As good as the singular values allow, which with enough cells is exact.
     optimum = torch.linalg.svdvals(pieces)[layer.plan.num_cells:].norm().item()
     error = (kernel[0] - conv.weight).norm().item()
@@ -144,7 +144,7 @@ def test_from_conv(drawn):
 def test_pieces_are_what_assembly_puts_in_place():
     layer = KWConv2d(8, 6, (3, 2), groups=2, kw_cfg=dict(cell_inplane_ratio=0.5))
     weight = torch.randn(layer.plan.spec.weight_shape)
-    pieces = cut_kernel(weight, layer.plan)
+    pieces = cut_static(weight, layer.plan)
     assert pieces.shape == (layer.plan.num_mixtures, 6 * 2)
     kernel = assemble_kernel(torch.eye(len(pieces))[None], pieces.view(-1, 6, 2, 1, 1),
                              layer.plan.grid, layer.kernel_size)
@@ -227,7 +227,7 @@ def test_low_precision(dtype, bound, ratio):
     conv = nn.Conv2d(8, 8, 3).to(dtype)
     layer = KWConv2d.from_conv(conv, dict(cell_num_ratio=ratio))
     assert {p.dtype for p in layer.parameters()} == {dtype}
-    pieces = cut_kernel(conv.weight.double(), layer.plan)
+    pieces = cut_static(conv.weight.double(), layer.plan)
     optimum = torch.linalg.svdvals(pieces)[layer.plan.num_cells:].norm() / pieces.norm()
     kernel = layer.kernel(torch.zeros(1, 8, 1, 1, dtype=dtype))[0].double()
     assert (kernel - conv.weight.double()).norm() / pieces.norm() < optimum + bound

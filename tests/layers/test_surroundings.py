@@ -188,3 +188,13 @@ def test_two_process_ddp_gives_the_gradients_of_the_global_batch(tmp_path):
         capture_output=True, text=True, timeout=120,
         env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert result.returncode == 0, result.stderr
+
+
+def test_channels_last():
+    # Cells have five dimensions, which nn.Module.to could not bring into this format.
+    net = nn.Sequential(KWConv2d(4, 8, 3), nn.Conv2d(8, 8, 3)).double()
+    x = torch.randn(2, 4, 9, 9, dtype=torch.double)
+    expected = net(x)
+    net.to(memory_format=torch.channels_last)
+    assert net[1].weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(net(x.contiguous(memory_format=torch.channels_last)), expected)

@@ -62,6 +62,10 @@ class ResidualBlock(nn.Module):
             return self.relu(checkpoint(self._residual, x, use_reentrant=False))
         return self.relu(self._residual(x))
 
+    def conv_norm_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Convolutions with the norm right behind each."""
+        return [(getattr(self, conv), getattr(self, norm)) for conv, norm in self._layers]
+
     def _residual(self, x: Tensor) -> Tensor:
         y = x
         for i, (conv, norm) in enumerate(self._layers):
@@ -221,6 +225,10 @@ class KWResNet(KWBackbone):
             if i in self.out_indices:
                 outputs.append(x)
         return tuple(outputs)
+
+    def conv_norm_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """The stem's convolution with the norm right behind it."""
+        return [] if self.deep_stem else [(self.conv1, getattr(self, self._norm1))]
 
     @property
     def static_extras(self) -> tuple[str, ...]:

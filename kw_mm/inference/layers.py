@@ -1,0 +1,214 @@
+"""KW convolutions as inference has them: no temperature, no norms, nothing left to learn."""
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers import Attention, KWConv1d, KWConv2d, KWConv3d
+from ..layers.conv import convolve
+from ..ops import (
+    basis_logits,
+    block_mixtures,
+    contract_bases,
+    logit_norms,
+    mean_positions,
+    mix_bases,
+    mix_cells,
+    mixing_weights,
+)
+from .workspace import Workspace
+
+KWConv = Union[KWConv1d, KWConv2d, KWConv3d]
+
+
+class Affine(NamedTuple):
+    """``y * scale + shift`` for each output channel, ``(out,)`` each."""
+
+    scale: Tensor
+    shift: Tensor
+
+
+def fold_norm(norm: nn.Module) -> Affine:
+    """What a batch norm does to its input in evaluation."""
+    factory = dict(device=norm.running_var.device, dtype=torch.float64)
+    weight = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight
+    bias = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias
+    scale = weight.to(**factory) / (norm.running_var.to(**factory) + norm.eps).sqrt()
+    return Affine(scale, bias.to(**factory) - norm.running_mean.to(**factory) * scale)
+
+
+class OptimizedAttention(nn.Module):
+    """The attention up to its logits, batch norm folded into the first layer.
+
+    Args:
+        attention: The attention it computes.
+    """
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        weight, bias = attention.fc1.weight, attention.fc1.bias
+        self.norm = None
+        if isinstance(attention.norm1, nn.LayerNorm):
+            self.norm = attention.norm1
+        else:
+            scale, shift = fold_norm(attention.norm1)
+            bias = (shift if bias is None else shift + bias * scale).to(weight.dtype)
+            weight = (weight * scale[:, None]).to(weight.dtype)
+        for name, tensor in (('weight', weight), ('bias', bias)):
+            self.register_buffer(name, tensor.detach().clone())
+        self.fc2, self.fc3, self.basis_bias = attention.fc2, attention.fc3, attention.basis_bias
+        self.num_mixtures, self.first_cell = attention.num_mixtures, attention.first_cell
+        for name in ('beta', 'tau'):
+            self.register_buffer(name, getattr(attention, name), persistent=False)
+        # Read once, here, where it costs no synchronisation.
+        self.tied = bool(attention.tau)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """The hidden vector ``(N, hidden)`` of an input ``(N, C, *spatial)``."""
+        h = F.linear(mean_positions(x), self.weight, self.bias)
+        return F.relu(h if self.norm is None else self.norm(h))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``(N, m, n + 1)`` of hidden vectors."""
+        rows = self.fc2(hidden).unflatten(1, (self.num_mixtures, -1))
+        if self.fc3 is not None:
+            rows = basis_logits(rows, self.fc3.weight, self.basis_bias, self.first_cell)
+        return rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mixing weights ``(N, m, n)`` of an input ``(N, C, *spatial)``."""
+        logits = self.logits(self.hidden(x))
+        if self.tied:
+            return mixing_weights(logits, self.beta, self.tau)
+        return (logits[..., :-1] / logit_norms(logits).unsqueeze(-1)).to(logits.dtype)
+
+
+class OptimizedConv(nn.Module):
+    """A KW convolution for inference, of the same output.
+
+    Its kernels come from cells, or from bases if it is given them; see ``kw_mm.ops.bases``.
+
+    Args:
+        conv: The layer it stands for, from which it takes parameters (they no longer ask for
+            gradients) and the place of its cells.
+        affine: A norm behind the convolution that is folded into it.
+        use_bases: Whether to compute bases.
+        workspace: Memory for kernels, which the layers of a model share; its own by default.
+    """
+
+    transposed = False  # read by mmcv.cnn.ConvModule
+
+    def __init__(self, conv: KWConv, affine: Affine | None = None, use_bases: bool = False,
+                 workspace: Workspace | None = None) -> None:
+        super().__init__()
+        for name in ('num_dims', 'in_channels', 'out_channels', 'kernel_size', 'stride', 'padding',
+                     'dilation', 'groups', 'padding_mode', 'pads', 'output_padding', 'plan'):
+            setattr(self, name, getattr(conv, name))
+        if 'warehouse_manager' in conv._modules:
+            self.warehouse_manager = conv.warehouse_manager
+        # Past nn.Module's registration, as in KWConv2d.
+        self.__dict__['manager'] = conv.manager
+        self.workspace = workspace or Workspace()
+        self.attention = OptimizedAttention(conv.attention)
+        dtype = conv.cells.dtype
+        bias, scale = conv.bias, None
+        if affine is not None:
+            scale, shift = affine
+            bias = (shift if bias is None else shift + bias * scale).to(dtype)
+            scale = scale.to(dtype)
+        self.register_buffer('scale', scale)
+        self.register_buffer('bias', None if bias is None else bias.detach().clone())
+        self.register_buffer('bases', self._contract() if use_bases else None)
+        self.register_buffer('mixtures', block_mixtures(
+            self.plan.grid, self.plan.cell_shape).to(conv.cells.device) if use_bases else None,
+            persistent=False)
+        self.requires_grad_(False)
+        self.training = False
+
+    @property
+    def num_bases(self) -> int:
+        """Bases that kernels come from, hidden + 1; 0 where they come from cells."""
+        return 0 if self.bases is None else self.bases.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the bases take."""
+        return 0 if self.bases is None else self.bases.nbytes
+
+    def train(self, mode: bool = True) -> OptimizedConv:
+        """Stays in evaluation.
+
+        Raises:
+            RuntimeError: If ``mode`` is True.
+        """
+        if mode:
+            raise RuntimeError('a layer that was optimized for inference cannot be trained; '
+                               'optimize a copy (copy.deepcopy) of the model and train the model')
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolves ``(N, C_in, *spatial)``, each sample with its own kernel; N may be 0.
+
+        Raises:
+            ValueError: If ``x`` has no batch dimension or another number of channels.
+        """
+        return convolve(self, x, self.kernel)
+
+    def kernel(self, x: Tensor) -> Tensor:
+        """The kernels for an input ``(N, C_in, *spatial)``: ``(N, C_out, C_in / groups, *k)``,
+        in memory position before input channel."""
+        if self.bases is None:
+            kernel = self._mix_cells(self.attention(x))
+        else:
+            hidden = self.attention.hidden(x)
+            norms = logit_norms(self.attention.logits(hidden)).to(hidden.dtype)
+            kernel = mix_bases(hidden, norms, self.bases, self.mixtures, self._take('mixtures', x))
+            kernel = self._put_in_place(kernel)
+        out_channels, in_channels, *kernel_size = self.plan.spec.weight_shape
+        kernel = kernel.view(len(x), out_channels, -1, in_channels).transpose(2, 3)
+        if in_channels == 1 or max(kernel_size) == 1:
+            # Of one order only, which strides of lengths 1 must not hide.
+            return kernel.reshape(len(x), *self.plan.spec.weight_shape)
+        return kernel.unflatten(3, kernel_size)
+
+    def _mix_cells(self, alpha: Tensor) -> Tensor:
+        # (N, S, OG, IG, blocks, rows, c_in, k) to (N, OG, blocks, rows, S, k, IG, c_in)
+        mixtures = mix_cells(alpha, self.manager.cells(self.plan.warehouse),
+                             self._take('mixtures', alpha))
+        mixtures = mixtures.unflatten(1, self.plan.grid).permute(0, 2, 4, 5, 1, 7, 3, 6)
+        scale = None if self.scale is None else self.scale.view(*mixtures.shape[1:4], 1, 1, 1, 1)
+        return self._put_in_place(mixtures, scale)
+
+    def _put_in_place(self, mixtures: Tensor, scale: Tensor | None = None) -> Tensor:
+        """The same numbers, contiguous and scaled in one go."""
+        if scale is None and mixtures.is_contiguous():
+            return mixtures
+        out = self.workspace.take('kernels', mixtures.shape, mixtures)
+        if out is None:
+            return (mixtures if scale is None else mixtures * scale).contiguous()
+        return out.copy_(mixtures) if scale is None else torch.mul(mixtures, scale, out=out)
+
+    def _take(self, slot: str, like: Tensor) -> Callable[[tuple[int, ...]], Tensor | None]:
+        return functools.partial(self.workspace.take, slot, like=like)
+
+    @torch.no_grad()
+    def _contract(self) -> Tensor:
+        hidden = self.attention.fc2.weight.new_zeros(
+            self.plan.hidden + 1, self.plan.hidden)
+        hidden[:-1].fill_diagonal_(1)
+        logits = self.attention.logits(hidden)[..., :-1]
+        bias, weight = logits[-1], logits[:-1] - logits[-1]
+        return contract_bases(weight.permute(1, 2, 0), bias,
+                              self.manager.cells(self.plan.warehouse), self.plan.grid, self.scale)
+
+    def extra_repr(self) -> str:
+        return (f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, '
+                f'stride={self.stride}, warehouse={self.plan.warehouse}, '
+                f'm={self.plan.num_mixtures}, '
+                + (f'n={self.plan.num_cells}' if self.bases is None else
+                   f'bases={self.num_bases}'))

@@ -1,0 +1,40 @@
+"""Batch norms that stand right behind a convolution, where that is certain."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..convert.surgery import all_paths, hidden_references
+
+
+def find_norms(root: nn.Module, convs: tuple[type[nn.Module], ...]) -> dict[nn.Module, nn.Module]:
+    """Convolutions inside a module and the batch norm that each is followed by.
+
+    Certain is: neighbours in an ``nn.Sequential``, mmcv's ``ConvModule`` in that order, and what a
+    module names in ``conv_norm_pairs``. Convolutions and norms with several places or a reference
+    beside the module tree are left out, and so are norms without running statistics.
+
+    Args:
+        root: Where to look.
+        convs: The types of convolutions, no subclasses of them.
+    """
+    paths, hidden = all_paths(root), hidden_references(root)
+
+    def is_single(module: nn.Module) -> bool:
+        return len(paths[module]) == 1 and module not in hidden
+
+    return {conv: norm for parent in root.modules() for conv, norm in _neighbours(parent)
+            if type(conv) in convs and isinstance(norm, _BatchNorm)
+            and norm.running_mean is not None and is_single(conv) and is_single(norm)}
+
+
+def _neighbours(parent: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    if isinstance(parent, nn.Sequential):
+        children = list(parent)
+        yield from zip(children, children[1:])
+    elif hasattr(parent, 'conv_norm_pairs'):
+        yield from parent.conv_norm_pairs()
+    elif getattr(parent, 'order', ())[:2] == ('conv', 'norm') and hasattr(parent, 'norm_name'):
+        yield parent.conv, getattr(parent, parent.norm_name)

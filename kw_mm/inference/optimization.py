@@ -1,0 +1,155 @@
+"""A trained module made ready for inference, in place."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from ..convert.surgery import hidden_references, swap_
+from ..layers import KWConv1d, KWConv2d, KWConv3d
+from ..table import format_table
+from .budget import choose_layers
+from .layers import OptimizedConv, fold_norm
+from .norms import find_norms
+from .workspace import Workspace
+
+# 1.5 GiB: what reads fewer bytes than cells do in a KW-ResNet50 of budget 4.
+DEFAULT_BUDGET = 1536 * 2**20
+
+# Numbers in a row of a cell from which products take it as a block of its own.
+MIN_ROW = 256
+
+KW_CONVS = (KWConv1d, KWConv2d, KWConv3d)
+STATIC_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class OptimizedLayer:
+    """What was done to a layer.
+
+    Attributes:
+        name: Its path in the module.
+        num_cells: Cells of its warehouse, n.
+        num_bases: Bases that its kernels come from instead, hidden + 1, or 0.
+        num_bytes: Memory that they take.
+        folded: Whether the batch norm behind the layer is now part of it.
+    """
+
+    name: str
+    num_cells: int
+    num_bases: int
+    num_bytes: int
+    folded: bool
+
+
+@dataclass(frozen=True)
+class OptimizationReport:
+    """What ``optimize_for_inference_`` did; prints as a table.
+
+    Attributes:
+        layers: The KW layers.
+        num_folded: Batch norms folded into the convolution before them, static ones included.
+        skipped: Names of KW layers left as they are, for they are also held beside the module
+            tree.
+    """
+
+    layers: tuple[OptimizedLayer, ...]
+    num_folded: int
+    skipped: tuple[str, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory taken by all bases."""
+        return sum(layer.num_bytes for layer in self.layers)
+
+    def __str__(self) -> str:
+        rows = [(layer.name, f'{layer.num_cells:,}', f'{layer.num_bases:,}' if layer.num_bases else
+                 '-', f'{layer.num_bytes / 2**20:,.1f}', 'folded' if layer.folded else '-')
+                for layer in self.layers]
+        lines = [format_table(('layer', 'cells', 'bases', 'MiB', 'norm'), rows, right=(1, 2, 3)),
+                 f'{self.num_bytes / 2**20:,.1f} MiB in bases, {self.num_folded} norms folded']
+        if self.skipped:
+            lines.append(f'left as they are, referred to elsewhere: {", ".join(self.skipped)}')
+        return '\n'.join(lines)
+
+
+@torch.no_grad()
+def optimize_for_inference_(module: nn.Module,
+                            memory_budget: int | None = None) -> OptimizationReport:
+    """Computes once, in place, what is the same for every image; outputs stay what they were.
+
+    The module is set to evaluation and cannot be trained any more: optimize a copy
+    (``copy.deepcopy``) to keep the original. What is done, all of it exact up to rounding:
+
+    - batch norms, the attentions' and those right behind a convolution, are folded away;
+    - the temperature is fixed at its present value (0 outside training from scratch);
+    - where it pays, and tau is 0, a layer's logits are contracted with its cells to *bases*
+      (``kw_mm.ops.bases``), chosen by what they save per byte;
+    - cells that are still read on a CPU are stored in the order in which they are.
+
+    Args:
+        module: Any module with KW layers inside, in any precision.
+        memory_budget: Bytes that all bases together may take, at least 0; 1.5 GiB by default.
+
+    Returns:
+        What was done; prints as a table. Empty if all KW layers were optimized before.
+
+    Raises:
+        TypeError: If ``memory_budget`` is not an integer.
+        ValueError: If it is negative, there is no KW layer in the module, or the module is itself
+            one, which cannot be replaced in place.
+    """
+    budget = _check_budget(memory_budget)
+    if isinstance(module, KW_CONVS):
+        raise ValueError(f'module must contain KW layers, not be one, got a '
+                         f'{type(module).__name__}; put it into an nn.Sequential')
+    found = {name: layer for name, layer in module.named_modules() if isinstance(layer, KW_CONVS)}
+    if not found and not any(isinstance(m, OptimizedConv) for m in module.modules()):
+        raise ValueError(f'module must contain KW layers, got a {type(module).__name__} without')
+    module.eval()
+    held = hidden_references(module)
+    convs = {name: conv for name, conv in found.items() if conv not in held}
+    norms = find_norms(module, (*KW_CONVS, *STATIC_CONVS))
+    with_bases = choose_layers(
+        {name: conv.plan for name, conv in convs.items() if not conv.attention.tau},
+        {name: conv.cells.itemsize for name, conv in convs.items()}, budget)
+    workspace, replacements, layers = Workspace(), {}, []
+    for name, conv in convs.items():
+        norm = norms.get(conv)
+        optimized = OptimizedConv(conv, norm and fold_norm(norm), name in with_bases,
+                                  workspace)
+        replacements[conv] = optimized
+        layers.append(OptimizedLayer(name, conv.plan.num_cells, optimized.num_bases,
+                                     optimized.num_bytes, norm is not None))
+    for conv, norm in norms.items():
+        if conv in replacements:
+            replacements[norm] = nn.Identity()
+        elif type(conv) in STATIC_CONVS:
+            replacements[conv] = fuse_conv_bn_eval(conv, norm)
+            replacements[norm] = nn.Identity()
+    num_folded = sum(isinstance(new, nn.Identity) for new in replacements.values())
+    swap_(module, replacements)
+    _store_in_reading_order_(module)
+    return OptimizationReport(tuple(layers), num_folded, tuple(set(found) - set(convs)))
+
+
+def _store_in_reading_order_(module: nn.Module) -> None:
+    """Lays cells out row by row, each row's cells together, where products take them so."""
+    read = {(layer.manager, layer.plan.warehouse) for layer in module.modules()
+            if isinstance(layer, OptimizedConv) and layer.bases is None}
+    for manager, index in read:
+        cells = manager.weights[index]
+        if cells.device.type == 'cpu' and cells[0, 0].numel() >= MIN_ROW:
+            cells.data = cells.data.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def _check_budget(memory_budget: int | None) -> int:
+    if memory_budget is None:
+        return DEFAULT_BUDGET
+    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
+        raise TypeError(f'memory_budget must be an integer of bytes, got {memory_budget!r}')
+    if memory_budget < 0:
+        raise ValueError(f'memory_budget must be at least 0, got {memory_budget!r}')
+    return memory_budget

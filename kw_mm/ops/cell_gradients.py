@@ -1,0 +1,123 @@
+"""The gradient of cells that many layers share, in one product.
+
+Every layer of a warehouse has a gradient for all of its cells: ``alpha.T @ d_kernel``, as large as
+the warehouse, from very few rows. Written and added up layer by layer these are what a training
+step spends most on. Here each layer leaves its factors behind instead, and when the last of them
+has, one product over the rows of all layers gives the sum.
+"""
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+
+# What stands for cells in the graphs that are alive, by cells and dtype: only those that meet in
+# one graph are summed in one product.
+_collectors: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def collect_gradients(cells: Tensor) -> Tensor:
+    """Cells to be used in the place of a warehouse's own, so that their gradient is collected.
+
+    Under autocast they have its dtype, converted once for all layers.
+
+    Args:
+        cells: A parameter, ``(n, c_out, c_in, *k)``.
+
+    Returns:
+        The same values; ``cells`` itself where no gradient is asked for, or where a compiler or a
+        function transform would not understand.
+    """
+    if not (cells.requires_grad and cells.is_leaf and torch.is_grad_enabled()) or (
+            torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+        return cells
+    kind = cells.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else cells.dtype
+    alive = _collectors.setdefault(cells, {})
+    collector = alive[dtype]() if dtype in alive else None
+    # Parameters are given other memory, for example by ``.to()``, without becoming others.
+    if collector is None or collector.grad_fn.memory != cells.data_ptr():
+        collector = CellGradients.apply(cells.to(dtype), cells.data_ptr())
+        alive[dtype] = TensorWeakRef(collector)
+    return collector
+
+
+class CellGradients(torch.autograd.Function):
+    """Stands between a warehouse and its layers, and waits for all of them in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, cells: Tensor, memory: int) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.memory = memory
+        ctx.shape = cells.shape
+        ctx.num_rows = 0  # of all uses so far
+        # By backward pass: one that failed has left something behind.
+        ctx.waiting = {}
+        return cells.view_as(cells)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+        chunks = ctx.waiting.pop(torch._C._current_graph_task_id(), [])
+        # There is a gradient already if the cells were used in a way that is none of ours.
+        for product in (chunk.product().view(ctx.shape) for chunk in chunks):
+            grad = product if grad is None else grad + product
+        return grad, None
+
+
+class _Chunk:
+    """Factors of a product, gathered row by row in one place."""
+
+    def __init__(self, space: Tensor) -> None:
+        self.space = space
+        self.alphas: list[Tensor] = []
+        self.num_rows = 0
+
+    def take(self, alpha: Tensor) -> Tensor:
+        """The place of the gradients that belong to rows of alpha."""
+        start = self.num_rows
+        self.alphas.append(alpha)
+        self.num_rows += len(alpha)
+        return self.space[start:self.num_rows]
+
+    def product(self) -> Tensor:
+        return torch.cat(self.alphas).T @ self.space[:self.num_rows]
+
+
+def collector_of(cells: Tensor) -> Any:
+    """The collector behind cells that ``collect_gradients`` returned; None for any others."""
+    if torch.compiler.is_compiling() or not isinstance(cells.grad_fn, CellGradients._backward_cls):
+        return None
+    return cells.grad_fn
+
+
+def leave_factors(collector: Any, alpha: Tensor, grads: Tensor) -> Tensor:
+    """Adds ``alpha.T @ grads`` to the gradient of the cells behind a collector.
+
+    To be called in a backward pass, by a function that has the cells of the collector among its
+    inputs and returns None for their gradient.
+
+    Args:
+        collector: What ``collector_of`` returned.
+        alpha: ``(R, n)``.
+        grads: R times as many numbers as a cell has, in the order of R's rows. Any strides.
+
+    Returns:
+        ``grads`` as ``(R, D)``, contiguous.
+    """
+    size = math.prod(collector.shape[1:])
+    # In a pass that asks for other gradients alone nobody would come for them.
+    if not torch._C._will_engine_execute_node(collector):
+        return grads.reshape(len(alpha), size)
+    chunks = collector.waiting.setdefault(torch._C._current_graph_task_id(), [])
+    if torch.is_grad_enabled():
+        # A second derivative is to follow, which must find the factors as they were computed.
+        chunks.append(_Chunk(grads.reshape(len(alpha), size)))
+        return chunks[-1].take(alpha)
+    if not chunks or len(chunks[-1].space) - chunks[-1].num_rows < len(alpha):
+        chunks.append(_Chunk(grads.new_empty(max(collector.num_rows, len(alpha)), size)))
+    place = chunks[-1].take(alpha)
+    place.view(grads.shape).copy_(grads)
+    return place
