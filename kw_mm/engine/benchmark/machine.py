@@ -19,22 +19,21 @@ from .timing import synchronise
 NUM_RUNS = 7  # of which the fastest counts: a floor must not be too high
 
 
-def describe(setting: Setting) -> dict[str, Any]:
+def describe(device: str) -> dict[str, Any]:
     """What a reader must know to judge figures: processor, threads, versions, date."""
-    device = torch.device(setting.device)
     found = dict(
         date=datetime.now(timezone.utc).isoformat(timespec='seconds'),
-        device=torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu_name(),
+        device=cpu_name(),
         cpu=cpu_name(),
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
         threads=torch.get_num_threads(),
         python=platform.python_version(),
         kw_mm=__version__,
         numpy=version('numpy'),
-        **{package: installed_version(package) for package in SUPPORTED},
-        **setting.describe())
-    if device.type == 'cuda':
-        found.update(cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(),
+        **{package: installed_version(package) for package in SUPPORTED})
+    if torch.device(device).type == 'cuda':
+        found.update(device=torch.cuda.get_device_name(device), cuda=torch.version.cuda,
+                     cudnn=torch.backends.cudnn.version(),
                      gpu_memory=torch.cuda.get_device_properties(device).total_memory)
     return found
 

@@ -17,8 +17,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from .literal import copy_with, literal_conv, plain_conv
 from .networks import make_images, optimised, randomise_
@@ -31,6 +33,7 @@ EXACT = 1e-9
 # In other precisions, times the plain network's own error. Single precision has room for
 # products in another order; half precisions show at once what is computed in too low a one.
 ALLOWANCE = {torch.float32: 10, torch.bfloat16: 2, torch.float16: 2}
+ROUNDINGS = 100  # of one layer, to the precision it computes in
 LEAST = 1e-6  # tolerated in any case, where the plain network happens to be exact
 
 
@@ -132,6 +135,12 @@ def check_gradients(module: nn.Module, x: Tensor, setting: Setting) -> list[Chec
     return checks
 
 
+def compare_outputs(name: str, found: Tensor, expected: Tensor) -> Check:
+    """Compares outputs of one precision, as far as that goes."""
+    return Check(name, _output_error([found], [expected.double()]),
+                 ROUNDINGS * torch.finfo(found.dtype).eps)
+
+
 def raise_on_failure(checks: list[Check]) -> list[Check]:
     """Returns comparisons that all passed.
 
@@ -170,7 +179,8 @@ def _outputs(module: nn.Module, x: Tensor, setting: Setting) -> list[Tensor]:
 def _train_mode(module: nn.Module) -> nn.Module:
     module.train()
     for layer in module.modules():
-        if isinstance(layer, _BatchNorm):
+        # What drops at random would drop other things each time.
+        if isinstance(layer, (_BatchNorm, _DropoutNd, DropPath)):
             layer.eval()
     return module
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .literal import KW_CONVS
 from .setting import Setting
 from .timing import Phases
 
@@ -38,25 +39,30 @@ def inference(module: nn.Module, x: Tensor, setting: Setting) -> Phases:
     return {FORWARD: forward}
 
 
-def training(module: nn.Module, x: Tensor, setting: Setting,
-             needs_input_grad: bool = False) -> Phases:
-    """A training step: ``forward``, ``backward``, ``optimizer`` (SGD with momentum).
+def training_pass(module: nn.Module, x: Tensor, setting: Setting,
+                  needs_input_grad: bool = True) -> Phases:
+    """``forward`` and ``backward`` of a module in training.
 
-    The backward pass starts from random gradients of the outputs, so that no loss is timed.
-    Gradients are set to None between steps. Half precision needs no loss scaling here.
+    The backward pass starts from random gradients of the outputs, so that no loss is timed. Half
+    precision needs no loss scaling here.
 
     Args:
         module: Placed by the setting; it is set to training.
         x: Images or features, placed as well.
         setting: How to run.
-        needs_input_grad: Whether the gradient of ``x`` is computed, as that of a layer's input.
+        needs_input_grad: Whether the gradient of ``x`` is computed, as features' is.
     """
-    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], **SGD)
     run = setting.callable(module.train())
     x = x.detach().requires_grad_(needs_input_grad)
+    # The cells of a layer of shared warehouses are not among its parameters.
+    leaves = [x, *module.parameters(),
+              *(layer.cells for layer in module.modules() if isinstance(layer, KW_CONVS))]
     grads: list[Tensor] = []
 
     def forward(_: Any) -> tuple[Tensor, ...]:
+        # None rather than zero: whoever comes first need not add.
+        for leaf in leaves:
+            leaf.grad = None
         with setting.autocast():
             return as_tensors(run(x))
 
@@ -65,9 +71,18 @@ def training(module: nn.Module, x: Tensor, setting: Setting,
             grads.extend(torch.randn_like(y) / y.numel()**0.5 for y in outputs)
         torch.autograd.backward(outputs, grads)
 
+    return {FORWARD: forward, BACKWARD: backward}
+
+
+def training(module: nn.Module, x: Tensor, setting: Setting) -> Phases:
+    """A training step on images: ``forward``, ``backward``, ``optimizer`` (SGD with momentum).
+
+    Arguments are those of ``training_pass``. Gradients are freed at the end.
+    """
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], **SGD)
+
     def step(_: Any) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        x.grad = None
 
-    return {FORWARD: forward, BACKWARD: backward, OPTIMIZER: step}
+    return {**training_pass(module, x, setting, needs_input_grad=False), OPTIMIZER: step}

@@ -24,7 +24,7 @@ class Setting:
         cuda_graphs: Whether inference is captured once and replayed.
 
     Raises:
-        ValueError: If CUDA graphs are asked for elsewhere.
+        ValueError: If CUDA graphs are asked for on another device.
     """
 
     device: str = 'cpu'
@@ -35,8 +35,18 @@ class Setting:
     cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
-        if self.cuda_graphs and torch.device(self.device).type != 'cuda':
+        if self.cuda_graphs and not self.on_cuda:
             raise ValueError(f"cuda_graphs needs a device of type 'cuda', got {self.device!r}")
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether the device is a GPU."""
+        return torch.device(self.device).type == 'cuda'
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether there is such a device."""
+        return not self.on_cuda or torch.cuda.is_available()
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -86,6 +96,15 @@ class Setting:
             return outputs
 
         return replay
+
+    @property
+    def label(self) -> str:
+        """Its values in words."""
+        return ', '.join((
+            f'{"AMP " if self.amp else ""}{str(self.dtype).removeprefix("torch.")}',
+            *(word for word, is_on in (('channels last', self.channels_last),
+                                       ('compiled', self.compile),
+                                       ('CUDA graph', self.cuda_graphs)) if is_on)))
 
     def describe(self) -> dict[str, Any]:
         """Its values, for a report."""
