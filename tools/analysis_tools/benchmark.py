@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from mmengine.config import DictAction
+from mmengine.logging import MMLogger
 
 from kw_mm.engine.benchmark.backbones import Subject
 from kw_mm.engine.benchmark.machine import describe
@@ -141,7 +142,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     goals = workloads(args, setting)
     subjects = [Subject(args.backbone, budget, args.options, dict(args.kw_cfg))
                 for budget in args.budgets]
-    title = ', '.join((args.backbone, *(f'{key}={value}' for key, value in args.options.items())))
+    title = ', '.join((args.backbone, *(f'{key}={value}' for key, value in args.options.items()))
+                      ) if goals or args.layers else 'Detectors'
+    # Of the optimizers of detectors mmengine logs every parameter.
+    MMLogger.get_instance('benchmark', log_level='WARNING')
     session = Session(
         Report(describe(args.device), f'{title}: KernelWarehouse over static'),
         args.memory_budget, args.parity_shape,

@@ -140,13 +140,14 @@ def layer_table(rows: Iterable[Mapping[str, Any]], kind: str) -> str:
 def detector_table(rows: Iterable[Mapping[str, Any]]) -> str:
     """Whole detectors."""
     header = ('config', 'workload', 'static ms', 'folded ms', 'KW ms', 'optimised ms',
-              'KW / static', 'optimised / static', 'optimised / folded')
+              'KW / static', 'optimised / static', 'optimised / folded', 'objects')
     return markdown_table(header, [
         (row['config'].rsplit('/', 1)[-1].removesuffix('.py'),
          f'{row["kind"]} {times((row["shape"][0], 3, *row["shape"][1:]))}',
          *(milliseconds(row, name) for name in (STATIC, FOLDED, KW, OPTIMISED)),
          *(ratio(row, f'{a} / {b}') for a, b in (
-             (KW, STATIC), (OPTIMISED, STATIC), (OPTIMISED, FOLDED)))) for row in rows])
+             (KW, STATIC), (OPTIMISED, STATIC), (OPTIMISED, FOLDED))),
+         str(row.get('num_objects', NOTHING))) for row in rows])
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
