@@ -92,6 +92,8 @@ def make_parser() -> argparse.ArgumentParser:
                      help='images of the parity check; default: 2x64x64')
     how.add_argument('--rate-bytes', type=int, default=2**29,
                      help='memory that is read to measure bandwidth; default: 512 MiB')
+    how.add_argument('--rate-size', type=int, default=2048,
+                     help='rows of the matrices that measure arithmetic; default: 2048')
     how.add_argument('--seed', type=int, default=0)
 
     parser.add_argument('--json', type=Path, metavar='FILE', help='write everything')
@@ -145,12 +147,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     title = ', '.join((args.backbone, *(f'{key}={value}' for key, value in args.options.items()))
                       ) if goals or args.layers else 'Detectors'
     # Of the optimizers of detectors mmengine logs every parameter.
-    MMLogger.get_instance('benchmark', log_level='WARNING')
+    MMLogger.get_current_instance().setLevel('WARNING')
     session = Session(
         Report(describe(args.device), f'{title}: KernelWarehouse over static'),
         args.memory_budget, args.parity_shape,
         dict(num_rounds=args.rounds, num_warmups=args.warmups, min_seconds=args.min_seconds),
-        dict(num_bytes=args.rate_bytes), args.seed,
+        dict(num_bytes=args.rate_bytes, size=args.rate_size), args.seed,
         tell=lambda text: print(f'... {text}', file=sys.stderr, flush=True))
     try:
         session.check(subjects, [*(workload.setting for workload in goals),

@@ -1,6 +1,7 @@
 """A run of the benchmark: parity of everything first, then figures, into one report."""
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,6 +65,7 @@ class Session:
                 self.tell(f'{workload.name}, {subject.label}')
                 torch.manual_seed(self.seed)
                 if workload.setting.at_hand:
+                    gc.collect()  # the networks before, whose modules refer to each other
                     row = compare(subject, workload, self.rates(workload.setting),
                                   self.memory_budget, **self.timing)
                 else:

@@ -59,10 +59,16 @@ class Setting:
         return self.dtype
 
     def place(self, value: Any) -> Any:
-        """A module (in place) or tensor on the device, in its precision and layout."""
+        """A module (in place) or a 4-d tensor on the device, in its precision and layout."""
         value = value.to(self.device, self.weight_dtype)
-        # Cells and kernels of other dimensions than four know no such layout and stay.
-        return value.to(memory_format=torch.channels_last) if self.channels_last else value
+        if self.channels_last and isinstance(value, Tensor):
+            return value.contiguous(memory_format=torch.channels_last)
+        if self.channels_last:
+            # One by one: a module's own to() refuses cells, which have five dimensions.
+            for parameter in value.parameters():
+                if parameter.dim() == 4:
+                    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        return value
 
     def autocast(self) -> AbstractContextManager:
         """The context to compute in."""

@@ -93,7 +93,6 @@ def time_in_turns(programs: Mapping[str, Phases], device: str = 'cpu', num_round
         repeats[name] = max(1, math.ceil(min_seconds / max(last, 1e-9))) if min_seconds else 1
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in programs}
     was_enabled = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         for index in range(num_rounds):

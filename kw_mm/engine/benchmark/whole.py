@@ -67,9 +67,9 @@ def compare_detectors(kw_config: str, static_config: str, shape: tuple[int, int,
         ParityError: If they differ.
         ValueError: If a config is none of MMDetection.
     """
-    cfgs = {STATIC: read_detector_config(static_config), KW: read_detector_config(kw_config)}
+    cfgs = {KW: read_detector_config(kw_config), STATIC: read_detector_config(static_config)}
     with DefaultScope.overwrite_default_scope('mmdet'):
-        models = {name: build_detector(cfg) for name, cfg in cfgs.items()}
+        models = {name: build_detector(cfgs[name]) for name in (STATIC, KW)}
         checks = check_network(models[KW].backbone, setting, memory_budget, parity_shape)
         randomise_(models[STATIC].backbone, make_images(*SHAPE))
         share_all_but_backbone_(models[KW], models[STATIC])
