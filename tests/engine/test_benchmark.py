@@ -55,6 +55,8 @@ LAYER = Assembly(batch=2, mixtures=3, cells=5, cell_size=8, hidden=16)
 def test_costs_by_hand():
     assert floor.mixing_cells(LAYER) == Cost(num_bytes=5 * 8 * 4, operations=2 * 3 * 5 * 8)
     assert floor.mixing_bases(LAYER) == Cost(num_bytes=17 * 3 * 8 * 4, operations=2 * 17 * 3 * 8)
+    # Of 16 units 12 are open for one of two samples, 8 for each.
+    assert floor.mixing_active_bases(LAYER) == Cost(13 * 3 * 8 * 4, 2 * 9 * 3 * 8)
     assert floor.training_cells(LAYER) == Cost(num_bytes=640, operations=720)
 
 
@@ -70,6 +72,7 @@ def test_seconds_are_the_longer_of_reading_and_computing(rates, cells, bases, tr
     assert floor.training(LAYER, rates) == pytest.approx(training)
     many = Assembly(2, 3, 500, 8, 16)  # of so many cells the bases are the smaller
     assert floor.cells_or_bases(many, rates) == pytest.approx(bases)
+    assert floor.cells_or_active_bases(many, rates) < floor.cells_or_bases(many, rates)
     assert floor.total([LAYER, many], rates, floor.cells_or_bases) == pytest.approx(cells + bases)
 
 
@@ -92,7 +95,7 @@ def test_a_planned_layer():
 def test_rates_are_measured():
     rates = machine.measure_rates(Setting(), size=8, num_bytes=4096)
     assert rates.operations > 0 and rates.bandwidth > 0
-    assert machine.describe('cpu')['threads'] == torch.get_num_threads()
+    assert machine.describe()['threads'] == torch.get_num_threads()
 
 
 # Parity.
@@ -302,8 +305,8 @@ def test_the_paper_s_suite():
         'inference 1x3x800x1344': {1: 1.06, 4: 1.1}, 'training 2x3x480x640': {1: 1.2, 4: 1.5},
         'memory 2x3x800x1344': {1: 1.1, 4: 1.35}}
     names = [w.name for w in paper_gpu(compile=True)]
-    assert names[0] == 'inference 1x3x800x1344, bfloat16, channels last, compiled'
-    assert names[5] == 'training 2x3x800x1344, AMP bfloat16, compiled'
+    assert names[0] == 'inference 1x3x800x1344, GPU, bfloat16, channels last, compiled'
+    assert names[5] == 'training 2x3x800x1344, GPU, AMP bfloat16, compiled'
     assert len(names) == 10
     with pytest.raises(ValueError, match="kind must be one of .*, got 'speed'"):
         Workload('speed', 1, 8, 8)
@@ -373,12 +376,13 @@ def make_report():
         'KW / static, forward and backward')}
     common = dict(budget=4, goal=3.5, seconds=seconds, ratios=ratios)
     return Report(
-        dict(device='A processor', threads=2, torch='2.0', date='today'), 'KWResNet',
+        dict(cpu='A processor', gpu='a card', threads=2, torch='2.0', date='today'), 'KWResNet',
         dict(float32=Rates(123.4e9, 56.78e9)), {'the network': [Check('a', 1e-9, 1e-8),
                                                                 Check('b', 1e-7, 2e-7)]},
         rows=[
             dict(common, workload='inference 1x3x8x8', kind='inference', optimised_bytes=2_500_000,
-                 floors=dict(cells=1.234, cells_or_bases=1.1)),
+                 floors=dict(cells=1.234, cells_or_bases=1.1,
+                                            cells_or_active_bases=1.05)),
             dict(common, workload='training 1x3x8x8', kind='training', floors=dict(cells=1.5)),
             dict(workload='memory 1x3x8x8', kind='memory', budget=0.5, goal=None,
                  memory={'static': dict(total=10**9, step=1), 'KW': dict(total=12 * 10**8, step=1)},
@@ -391,12 +395,12 @@ def test_a_report_in_markdown():
     text = make_report().markdown()
     for line in (
             '# KWResNet',
-            'A processor; 2 threads; torch 2.0; today; float32: 123 G multiply-adds/s, '
+            'A processor; a card; 2 threads; torch 2.0; today; float32: 123 G multiply-adds/s, '
             '56.8 GB/s.',
             'Parity of the network: 2 comparisons passed; the closest call is b, 1.0e-07 of at '
             'most 2.0e-07.',
             '| inference 1x3x8x8 | 4 | 100 | 80 | 250 | 123.5 | 2.50 (2.25..3.00) | '
-            '2.50 (2.25..3.00) | 2.50 (2.25..3.00) | 3.5 | 1.23 | 1.1 | 2.5 |',
+            '2.50 (2.25..3.00) | 2.50 (2.25..3.00) | 3.5 | 1.23 | 1.1 | 1.05 | 2.5 |',
             '| training 1x3x8x8 | 4 | 100 | 250 | 2.50 (2.25..3.00) | 2.50 (2.25..3.00) | 3.5 | '
             '1.5 |',
             '| memory 1x3x8x8 | 0.5 | 1000 | 1200 | 1.2 | - |',

@@ -92,8 +92,8 @@ def make_parser() -> argparse.ArgumentParser:
                      help='images of the parity check; default: 2x64x64')
     how.add_argument('--rate-bytes', type=int, default=2**29,
                      help='memory that is read to measure bandwidth; default: 512 MiB')
-    how.add_argument('--rate-size', type=int, default=2048,
-                     help='rows of the matrices that measure arithmetic; default: 2048')
+    how.add_argument('--rate-size', type=int,
+                     help='rows of the matrices that measure arithmetic; default: 2048, GPU 8192')
     how.add_argument('--seed', type=int, default=0)
 
     parser.add_argument('--json', type=Path, metavar='FILE', help='write everything')
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Of the optimizers of detectors mmengine logs every parameter.
     MMLogger.get_current_instance().setLevel('WARNING')
     session = Session(
-        Report(describe(args.device), f'{title}: KernelWarehouse over static'),
+        Report(describe(), f'{title}: KernelWarehouse over static'),
         args.memory_budget, args.parity_shape,
         dict(num_rounds=args.rounds, num_warmups=args.warmups, min_seconds=args.min_seconds),
         dict(num_bytes=args.rate_bytes, size=args.rate_size), args.seed,

@@ -111,8 +111,7 @@ def assembly_seconds(kw: nn.Module, workload: Workload, rates: Rates) -> dict[st
     layers = [Assembly.of(plan, workload.batch, itemsize) for plan in kw.plan.layers.values()]
     if workload.kind == 'training':
         return dict(cells=floor.total(layers, rates, floor.training))
-    return dict(cells=floor.total(layers, rates, floor.cells_only),
-                cells_or_bases=floor.total(layers, rates, floor.cells_or_bases))
+    return {name: floor.total(layers, rates, way) for name, way in floor.INFERENCE.items()}
 
 
 def summarise(times: Mapping[str, Times]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from ...plan import LayerPlan
 
 # Of a parameter by SGD with momentum: weight and momentum read and written, gradient read.
 SGD_ACCESSES = 5
+ACTIVE = 0.5  # part of hidden units that a ReLU leaves open
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,17 @@ def mixing_bases(layer: Assembly) -> Cost:
     return Cost(size * layer.itemsize, layer.batch * size)
 
 
+def mixing_active_bases(layer: Assembly) -> Cost:
+    """Those bases alone whose hidden units the ReLU has left open, about half of a sample's.
+
+    Of units that are open or not by chance, ``1 - (1 - ACTIVE)^N`` are open for one of N samples:
+    so many are read, and each sample mixes its own.
+    """
+    size = layer.mixtures * layer.cell_size
+    read = round((layer.hidden * (1 - (1 - ACTIVE)**layer.batch) + 1) * size)
+    return Cost(read * layer.itemsize, round(layer.batch * (layer.hidden * ACTIVE + 1) * size))
+
+
 def training_cells(layer: Assembly) -> Cost:
     """Mixing cells, forward and backward.
 
@@ -112,6 +124,16 @@ def cells_only(layer: Assembly, rates: Rates) -> float:
 def cells_or_bases(layer: Assembly, rates: Rates) -> float:
     """Seconds of a layer's assembly from cells or from bases, whichever is cheaper."""
     return min(mixing_cells(layer).seconds(rates), mixing_bases(layer).seconds(rates))
+
+
+def cells_or_active_bases(layer: Assembly, rates: Rates) -> float:
+    """Seconds of a layer's assembly from cells or from active bases, whichever is cheaper."""
+    return min(mixing_cells(layer).seconds(rates), mixing_active_bases(layer).seconds(rates))
+
+
+# How the kernels of inference can be had, by what a report calls it.
+INFERENCE = dict(cells=cells_only, cells_or_bases=cells_or_bases,
+                 cells_or_active_bases=cells_or_active_bases)
 
 
 def training(layer: Assembly, rates: Rates) -> float:

@@ -93,7 +93,7 @@ def compare_layers(subject: Subject, workload: Workload, rates: Rates,
         for kind, programs, ways in (
                 ('inference', {STATIC: inference(static, x, setting), KW: inference(
                     kw, x, setting), OPTIMISED: inference(fast.get_submodule(name), x, setting)},
-                 dict(cells=floor.cells_only, cells_or_bases=floor.cells_or_bases)),
+                 floor.INFERENCE),
                 ('training', {STATIC: training_pass(static, x, setting),
                               KW: training_pass(kw, x, setting)},
                  dict(cells=floor.training))):

@@ -19,11 +19,10 @@ from .timing import synchronise
 NUM_RUNS = 7  # of which the fastest counts: a floor must not be too high
 
 
-def describe(device: str) -> dict[str, Any]:
-    """What a reader must know to judge figures: processor, threads, versions, date."""
+def describe() -> dict[str, Any]:
+    """What a reader must know to judge figures: processors, threads, versions, date."""
     found = dict(
         date=datetime.now(timezone.utc).isoformat(timespec='seconds'),
-        device=cpu_name(),
         cpu=cpu_name(),
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
         threads=torch.get_num_threads(),
@@ -31,10 +30,10 @@ def describe(device: str) -> dict[str, Any]:
         kw_mm=__version__,
         numpy=version('numpy'),
         **{package: installed_version(package) for package in SUPPORTED})
-    if torch.device(device).type == 'cuda':
-        found.update(device=torch.cuda.get_device_name(device), cuda=torch.version.cuda,
+    if torch.cuda.is_available():
+        found.update(gpu=torch.cuda.get_device_name(), cuda=torch.version.cuda,
                      cudnn=torch.backends.cudnn.version(),
-                     gpu_memory=torch.cuda.get_device_properties(device).total_memory)
+                     gpu_memory=torch.cuda.get_device_properties(0).total_memory)
     return found
 
 
@@ -48,14 +47,16 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def measure_rates(setting: Setting, size: int = 2048, num_bytes: int = 2**29) -> Rates:
+def measure_rates(setting: Setting, size: int | None = None,
+                  num_bytes: int = 2**29) -> Rates:
     """Measures matrix products and memory on the device, in the setting's precision.
 
     Args:
         setting: Where and in which precision.
-        size: Rows and columns of the matrices.
+        size: Rows and columns of the matrices; by default 2048, of a GPU 8192.
         num_bytes: Size of the tensor that is read; it must not fit into a cache.
     """
+    size = size or (8192 if setting.on_cuda else 2048)
     dtype = setting.compute_dtype
     factory = dict(device=setting.device, dtype=dtype)
     a, b = torch.randn(size, size, **factory), torch.randn(size, size, **factory)

@@ -103,9 +103,10 @@ def check_outputs(module: nn.Module, x: Tensor, setting: Setting,
     plain = copy_with(module, plain_conv)
     truth = _outputs(copy_with(module, literal_conv), x, precise)
     checks = [Check('plain outputs in float64',
-                    _output_error(_outputs(plain, x, precise), truth), EXACT)]
+                    _output_error(_outputs(copy.deepcopy(plain), x, precise), truth), EXACT)]
     for way in (precise, setting):
-        limit = _tolerance(way, lambda way=way: _output_error(_outputs(plain, x, way), truth))
+        limit = _tolerance(way, lambda way=way: _output_error(
+            _outputs(copy.deepcopy(plain), x, way), truth))
         placed = way.place(copy.deepcopy(module))
         fast, _ = optimised(placed, memory_budget)
         for name, network in (('outputs', placed), ('optimised outputs', fast)):
@@ -171,9 +172,9 @@ def _run(module: nn.Module, x: Tensor, setting: Setting) -> tuple[Tensor, ...]:
 
 
 def _outputs(module: nn.Module, x: Tensor, setting: Setting) -> list[Tensor]:
-    """Outputs of a copy in the setting's precision."""
+    """Outputs in the setting's precision, to which the module is changed."""
     with torch.inference_mode():
-        return list(_run(copy.deepcopy(module), x, setting))
+        return list(_run(module, x, setting))
 
 
 def _train_mode(module: nn.Module) -> nn.Module:

@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .backbones import FOLDED, KW, OPTIMISED, STATIC
-from .floor import Rates
+from .floor import INFERENCE, Rates
 from .parity import Check
 
 NO_GPU = 'no GPU at hand, the script is ready'
 NOTHING = '-'
+FLOORS = tuple(f'floor, {way.replace("_", " ")}' for way in INFERENCE)
 
 
 @dataclass
@@ -63,8 +64,9 @@ class Report:
 
 def describe_machine(machine: Mapping[str, Any], rates: Mapping[str, Rates]) -> str:
     """What measured it, its rates, and how to read the tables."""
-    words = [machine['device'], f'{machine["threads"]} threads', f'torch {machine["torch"]}',
-             machine['date'],
+    words = [machine['cpu'], *([machine['gpu']] if 'gpu' in machine else []),
+             f'{machine["threads"]} threads',
+             f'torch {machine["torch"]}', machine['date'],
              *(f'{name}: {found.operations / 1e9:.0f} G multiply-adds/s, '
                f'{found.bandwidth / 1e9:.1f} GB/s' for name, found in rates.items())]
     return (f'{"; ".join(words)}.\n\n'
@@ -82,15 +84,14 @@ def describe_checks(name: str, checks: Sequence[Check]) -> str:
 def inference_table(rows: Iterable[Mapping[str, Any]]) -> str:
     """Static, as it is and folded, against KW, as trained and optimised."""
     header = ('workload', 'b', 'static ms', 'folded ms', 'KW ms', 'optimised ms', 'KW / static',
-              'optimised / static', 'optimised / folded', 'goal', 'floor, cells',
-              'floor, cells or bases', 'optimised MB')
+              'optimised / static', 'optimised / folded', 'goal', *FLOORS, 'optimised MB')
     return markdown_table(header, [
         (row['workload'], number(row['budget']),
          *(milliseconds(row, name) for name in (STATIC, FOLDED, KW, OPTIMISED)),
          *(ratio(row, f'{a} / {b}') for a, b in (
              (KW, STATIC), (OPTIMISED, STATIC), (OPTIMISED, FOLDED))),
-         number(row.get('goal')), *(number(row['floors'][way]) for way in (
-             'cells', 'cells_or_bases')), megabytes(row['optimised_bytes'])) for row in rows])
+         number(row.get('goal')), *(number(row['floors'][way]) for way in INFERENCE),
+         megabytes(row['optimised_bytes'])) for row in rows])
 
 
 def training_table(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -127,7 +128,7 @@ def layer_table(rows: Iterable[Mapping[str, Any]], kind: str) -> str:
     header = ('layer', 'number', 'b', 'weight', 'stride', 'input', 'm', 'n', 'h',
               *(f'{name.split(", ")[-1]} ms' for name in names),
               *(f'{name.split(", ")[-1]} / static' for name in names[1:]),
-              *(('floor, cells', 'floor, cells or bases') if kind == 'inference' else ('floor',)))
+              *(FLOORS if kind == 'inference' else ('floor',)))
     return markdown_table(header, [
         (row['layer'], str(row['count']), number(row['budget']), times(row['weight']),
          times(row['stride']), times(row['input']),

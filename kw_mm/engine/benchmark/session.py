@@ -47,7 +47,6 @@ class Session:
         Raises:
             ParityError: If one differs.
         """
-        # Layout, compiler and graphs are part of what runs; speed of networks on no device is not.
         settings = [s for s in dict.fromkeys(settings) if s.at_hand]
         for subject in subjects:
             for setting in settings:
@@ -103,7 +102,7 @@ class Session:
 
     def rates(self, setting: Setting) -> Rates:
         """What the machine does in a second in a precision, measured once."""
-        name = str(setting.dtype).removeprefix('torch.')
+        name = f'{"GPU " if setting.on_cuda else ""}{str(setting.dtype).removeprefix("torch.")}'
         if name not in self.report.rates:
             self.tell(f'rates of the machine, {name}')
             self.report.rates[name] = measure_rates(setting, **self.rating)

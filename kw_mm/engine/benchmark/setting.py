@@ -106,11 +106,11 @@ class Setting:
     @property
     def label(self) -> str:
         """Its values in words."""
-        return ', '.join((
-            f'{"AMP " if self.amp else ""}{str(self.dtype).removeprefix("torch.")}',
-            *(word for word, is_on in (('channels last', self.channels_last),
-                                       ('compiled', self.compile),
-                                       ('CUDA graph', self.cuda_graphs)) if is_on)))
+        dtype = str(self.dtype).removeprefix('torch.')
+        words = {'GPU': self.on_cuda, f'AMP {dtype}': self.amp, dtype: not self.amp,
+                 'channels last': self.channels_last, 'compiled': self.compile,
+                 'CUDA graph': self.cuda_graphs}
+        return ', '.join(word for word, holds in words.items() if holds)
 
     def describe(self) -> dict[str, Any]:
         """Its values, for a report."""
