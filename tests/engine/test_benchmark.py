@@ -146,9 +146,9 @@ def failures(shape=(2, 16, 16)):
 def test_a_wrong_kernel_fails(monkeypatch):
     right = conv_module.assemble_kernel
     monkeypatch.setattr(conv_module, 'assemble_kernel', lambda *args: right(*args) * (1 + 1e-4))
-    assert failures() == [
-        'outputs in float64', 'optimised outputs in float64', 'outputs in float32',
-        'optimised outputs in float32', 'gradients in float64', 'gradients in float32']
+    # What is optimised may take another way.
+    assert {'outputs in float64', 'outputs in float32', 'gradients in float64',
+            'gradients in float32'} <= set(failures())
 
 
 def test_a_wrong_gradient_fails(monkeypatch):

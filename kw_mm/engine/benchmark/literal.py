@@ -85,7 +85,18 @@ def _rows(layer: nn.Module, x: Tensor) -> Tensor:
 def _convolve(layer: nn.Module, x: Tensor, kernel: Tensor) -> Tensor:
     padding = layer.padding
     if layer.padding_mode != 'zeros':
-        x = F.pad(x, layer._pads, mode=layer.padding_mode)
+        x = F.pad(x, _pads(layer), mode=layer.padding_mode)
         padding = (0,) * layer.num_dims
     return reference.dynamic_conv(x, kernel, layer.bias, layer.stride, padding, layer.dilation,
                                   layer.groups)
+
+
+def _pads(layer: nn.Module) -> list[int]:
+    """Positions to add on both sides of each dimension, the last one's first, as torch pads."""
+    if isinstance(layer.padding, str):
+        totals = [d * (k - 1) if layer.padding == 'same' else 0
+                  for d, k in zip(layer.dilation, layer.kernel_size)]
+        sides = [(total // 2, total - total // 2) for total in totals]
+    else:
+        sides = [(p, p) for p in layer.padding]
+    return [side for pair in reversed(sides) for side in pair]
