@@ -6,6 +6,8 @@ Nothing here is much work; what it saves are launches and the logits' way to mem
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,10 @@ from .reference import EPS
 from .triton_support import block, compute_dtype, dot_precision, register
 
 BLOCK_SAMPLES = 16  # the least that tl.dot takes
+
+# A layer norm's units are one tile: more would not fit into shared memory. The paper's largest
+# network with layer norm has 192.
+MAX_NORMED_UNITS = 256
 
 
 @triton.jit
@@ -55,8 +61,9 @@ def _hidden_kernel(pooled_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_
         z /= tl.sqrt(variance + tl.full((BLOCK_N,), EPS, ACC))[:, None]
         z = (z * tl.load(norm_weight_ptr + units, mask=valid, other=0).to(ACC)[None, :]
              + tl.load(norm_bias_ptr + units, mask=valid, other=0).to(ACC)[None, :])
+    # Not tl.maximum, which drops NaN.
     tl.store(hidden_ptr + samples[:, None] * num_hidden + units[None, :],
-             tl.maximum(z, 0).to(dtype),
+             tl.where(z < 0, 0, z).to(dtype),
              mask=(samples < num_samples)[:, None] & valid[None, :])
 
 
@@ -143,7 +150,7 @@ def _options(dtype: torch.dtype, units: int, width: int) -> dict:
     """The kernels' constant arguments, and how to launch them."""
     wide = dtype == torch.float64
     return dict(ACC=tl.float64 if wide else tl.float32, PRECISION=dot_precision(dtype),
-                BLOCK_N=BLOCK_SAMPLES, BLOCK_U=units, BLOCK_K=block(width, 16, 16 if wide else 64),
+                BLOCK_N=BLOCK_SAMPLES, BLOCK_U=units, BLOCK_K=block(width, 16, 16 if wide else 32),
                 num_warps=4, num_stages=2)
 
 
@@ -154,19 +161,20 @@ def _hidden_units(pooled: Tensor, weight: Tensor, bias: Tensor, norm_weight: Ten
     if hidden.numel() == 0:
         return hidden
     is_normed = norm_weight is not None
-    units = triton.next_power_of_2(num_hidden) if is_normed else 16
-    pooled, weight, bias = pooled.contiguous(), weight.contiguous(), bias.contiguous()
+    if is_normed:
+        norm_weight, norm_bias = norm_weight.contiguous(), norm_bias.contiguous()
+    width = pooled.shape[1]
+    units = block(num_hidden, 16, MAX_NORMED_UNITS) if is_normed else 16
     with torch.cuda.device_of(pooled):
-        _hidden_kernel[triton.cdiv(num_hidden, max(units, 16)),
-                       triton.cdiv(num_samples, BLOCK_SAMPLES)](
-            pooled, weight, bias, norm_weight.contiguous() if is_normed else None,
-            norm_bias.contiguous() if is_normed else None, hidden, num_samples, pooled.shape[1],
-            num_hidden, EPS=eps, LAYER_NORM=is_normed,
-            **_options(dtype, max(units, 16), pooled.shape[1]))
+        _hidden_kernel[triton.cdiv(num_hidden, units), triton.cdiv(num_samples, BLOCK_SAMPLES)](
+            pooled.contiguous(), weight.contiguous(), bias.contiguous(), norm_weight, norm_bias,
+            hidden, num_samples, width, num_hidden, EPS=eps, LAYER_NORM=is_normed,
+            **_options(dtype, units, width))
     return hidden
 
 
-def _mix_launch(dtype: torch.dtype, num_samples: int, beta_shape, width: int):
+def _mix_launch(dtype: torch.dtype, num_samples: int, beta_shape: Sequence[int],
+                width: int) -> tuple[tuple[int, ...], tuple[int, ...], dict]:
     """The grid, the integer arguments and the options that both of mix's kernels take."""
     num_mixtures, num_cells = beta_shape
     options = _options(dtype, block(num_cells + 1, 16, 32 if dtype == torch.float64 else 128),
@@ -257,12 +265,16 @@ def hidden_units(pooled: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tens
 
     Raises:
         ValueError: If a gradient would be needed, for there is none; if only one of the norm's
-            two parameters is given; if dtypes differ without autocast.
+            two parameters is given, or both for more than ``MAX_NORMED_UNITS`` hidden units; if
+            dtypes of the first three differ without autocast.
     """
     tensors = dict(pooled=pooled, weight=weight, bias=bias)
     if (norm_weight is None) != (norm_bias is None):
         raise ValueError('norm_weight and norm_bias must both be tensors or both be None')
     if norm_weight is not None:
+        if len(weight) > MAX_NORMED_UNITS:
+            raise ValueError(f'weight must have at most {MAX_NORMED_UNITS} rows with a layer norm, '
+                             f'got {len(weight)}')
         tensors.update(norm_weight=norm_weight, norm_bias=norm_bias)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
         raise ValueError(f'{", ".join(tensors)} must not require gradients, or hidden_units must '

@@ -5,6 +5,7 @@ interpreter on a CPU; they have not run on a GPU yet.
 """
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 
@@ -28,7 +29,8 @@ def is_usable(*tensors: Tensor) -> bool:
 
     They need Triton, torch 2.4, and tensors of a supported dtype, all on one CUDA device of
     capability 8.0 or more; with ``TRITON_INTERPRET=1`` in the environment before Triton is
-    imported, on any one device. Their modules can only be imported where Triton is installed.
+    imported, on any one device, but not of bfloat16, which the interpreter multiplies wrongly.
+    Their modules can only be imported where Triton is installed.
 
     Args:
         tensors: All that the function will be given; at least one.
@@ -37,7 +39,7 @@ def is_usable(*tensors: Tensor) -> bool:
     if not all(t.device == device and t.dtype in DTYPES for t in tensors) or not _is_installed():
         return False
     if _is_interpreted():
-        return True
+        return all(t.dtype != torch.bfloat16 for t in tensors)
     return device.type == 'cuda' and _capability(device.index) >= LEAST_CAPABILITY
 
 
@@ -100,8 +102,11 @@ def _is_installed() -> bool:
 
 @torch.compiler.assume_constant_result
 def _is_interpreted() -> bool:
+    if os.environ.get('TRITON_INTERPRET', '0') == '0':
+        return False  # and Triton, slow to import, is not needed on a CPU
+    # The environment counted when Triton was imported.
     import triton
-    return bool(triton.knobs.runtime.interpret)
+    return not isinstance(triton.language.cdiv, triton.runtime.JITFunction)
 
 
 @torch.compiler.assume_constant_result
