@@ -26,6 +26,9 @@ from torch.autograd.function import once_differentiable
 
 from .triton_support import block, compute_dtype, dot_precision, register
 
+# What varies from batch to batch and is not worth compiling again.
+UNSPECIALIZED = ['num_rows', 'num_mixtures', 'out_groups', 'in_groups']
+
 # Programs at least, where there is enough to do: two for each of the 132 processors of an H100.
 NUM_PROGRAMS = 264
 
@@ -45,34 +48,27 @@ def _row_places(rows, num_mixtures, out_groups, in_groups, c_out, c_in, stride_n
 
 
 @triton.jit
-def _columns(column_block, run, positions, stride_o, stride_i, stride_p,
-             WHOLE_RUNS: tl.constexpr, BLOCK_D: tl.constexpr):
+def _columns(column_block, run, positions, stride_o, stride_i, stride_p, ALIGNED: tl.constexpr,
+             BLOCK_D: tl.constexpr):
     """A block's columns, and what they contribute to an offset in the kernels.
 
-    ``run`` columns have the same output channel. If blocks divide runs, the quotient is one
-    number and the compiler sees that the remainders are consecutive.
+    ``run`` columns have the same output channel.
     """
-    lanes = tl.arange(0, BLOCK_D)
-    columns = column_block * BLOCK_D + lanes
-    if WHOLE_RUNS:
-        first = column_block * BLOCK_D
-        out_channels = first // run
-        # Not `first % run`: the compiler would lose sight of the alignment, and load and store
-        # single elements.
-        within = first - out_channels * run + lanes
-    else:
-        out_channels = columns // run
-        within = columns % run
-    places = (out_channels * stride_o + within // positions * stride_i
+    columns = column_block * BLOCK_D + tl.arange(0, BLOCK_D)
+    within = columns % run
+    places = (columns // run * stride_o + within // positions * stride_i
               + within % positions * stride_p)
+    if ALIGNED:
+        # Behind the remainder the compiler cannot see it, and would load and store single elements.
+        places = tl.max_contiguous(tl.multiple_of(places, 16), 16)
     return columns, places
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _assemble_kernel(alpha_ptr, cells_ptr, kernel_ptr, num_rows, num_cells, num_columns,
                      num_mixtures, out_groups, in_groups, c_out, c_in, run, positions, stride_n,
                      stride_o, stride_i, stride_p, ACC: tl.constexpr, PRECISION: tl.constexpr,
-                     WHOLE_RUNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+                     ALIGNED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
                      BLOCK_D: tl.constexpr):
     """kernel[row, column] = sum_cell alpha[row, cell] cells[cell, column].
 
@@ -80,7 +76,7 @@ def _assemble_kernel(alpha_ptr, cells_ptr, kernel_ptr, num_rows, num_cells, num_
     """
     dtype = kernel_ptr.dtype.element_ty
     columns, column_places = _columns(tl.program_id(0), run, positions, stride_o, stride_i,
-                                      stride_p, WHOLE_RUNS, BLOCK_D)
+                                      stride_p, ALIGNED, BLOCK_D)
     # A second tile of rows reads the same cells, from the cache.
     for first_row in range(tl.program_id(1) * BLOCK_R, num_rows, tl.num_programs(1) * BLOCK_R):
         rows = first_row + tl.arange(0, BLOCK_R)
@@ -101,11 +97,11 @@ def _assemble_kernel(alpha_ptr, cells_ptr, kernel_ptr, num_rows, num_cells, num_
                  mask=(rows < num_rows)[:, None] & (columns < num_columns)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _grad_cells_kernel(grad_ptr, alpha_ptr, cells_ptr, num_rows, num_cells, num_columns,
                        num_mixtures, out_groups, in_groups, c_out, c_in, run, positions, stride_n,
                        stride_o, stride_i, stride_p, ACC: tl.constexpr, PRECISION: tl.constexpr,
-                       WHOLE_RUNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+                       ALIGNED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
                        BLOCK_D: tl.constexpr):
     """cells[cell, column] = sum_row alpha[row, cell] grad[row, column].
 
@@ -113,7 +109,7 @@ def _grad_cells_kernel(grad_ptr, alpha_ptr, cells_ptr, num_rows, num_cells, num_
     """
     dtype = grad_ptr.dtype.element_ty
     columns, column_places = _columns(tl.program_id(0), run, positions, stride_o, stride_i,
-                                      stride_p, WHOLE_RUNS, BLOCK_D)
+                                      stride_p, ALIGNED, BLOCK_D)
     for first_cell in range(tl.program_id(1) * BLOCK_C, num_cells, tl.num_programs(1) * BLOCK_C):
         cells = first_cell + tl.arange(0, BLOCK_C)
         total = tl.zeros((BLOCK_C, BLOCK_D), ACC)
@@ -134,11 +130,11 @@ def _grad_cells_kernel(grad_ptr, alpha_ptr, cells_ptr, num_rows, num_cells, num_
                  mask=(cells < num_cells)[:, None] & (columns < num_columns)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _grad_alpha_kernel(grad_ptr, cells_ptr, partial_ptr, num_rows, num_cells, num_columns,
                        num_mixtures, out_groups, in_groups, c_out, c_in, run, positions, stride_n,
                        stride_o, stride_i, stride_p, ACC: tl.constexpr, PRECISION: tl.constexpr,
-                       WHOLE_RUNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+                       ALIGNED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
                        BLOCK_D: tl.constexpr):
     """partial[split, row, cell] = sum of grad[row, column] cells[cell, column], over the
     split's columns.
@@ -156,7 +152,7 @@ def _grad_alpha_kernel(grad_ptr, cells_ptr, partial_ptr, num_rows, num_cells, nu
     for column_block in range(tl.program_id(1), tl.cdiv(num_columns, BLOCK_D),
                               tl.num_programs(1)):
         columns, column_places = _columns(column_block, run, positions, stride_o, stride_i,
-                                          stride_p, WHOLE_RUNS, BLOCK_D)
+                                          stride_p, ALIGNED, BLOCK_D)
         grad = tl.load(grad_ptr + row_places[:, None] + column_places[None, :],
                        mask=(rows < num_rows)[:, None] & (columns < num_columns)[None, :], other=0)
         elements = tl.load(
@@ -197,11 +193,13 @@ class _Layout(NamedTuple):
 
     def options(self, dtype: torch.dtype, block_r: int, block_c: int, block_d: int) -> dict:
         """The kernels' constant arguments, and how to launch them."""
+        # Whether 16 columns, from a multiple of 16 on, lie side by side, at such a multiple.
+        is_aligned = (self.positions == self.stride_i == 1 and self.run % 16 == 0
+                      and self.stride_o % 16 == 0)
         return dict(
             ACC=tl.float64 if dtype == torch.float64 else tl.float32,
-            PRECISION=dot_precision(dtype), WHOLE_RUNS=self.run % block_d == 0, BLOCK_R=block_r,
-            BLOCK_C=block_c, BLOCK_D=block_d, num_warps=4,
-            num_stages=2 if dtype == torch.float64 else 3)
+            PRECISION=dot_precision(dtype), ALIGNED=is_aligned, BLOCK_R=block_r, BLOCK_C=block_c,
+            BLOCK_D=block_d, num_warps=4, num_stages=2 if dtype == torch.float64 else 3)
 
 
 def _position_stride(kernel: Tensor) -> int | None:

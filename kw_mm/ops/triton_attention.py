@@ -41,7 +41,7 @@ def _linear(input_ptr, weight_ptr, bias_ptr, samples, units, num_samples, unit_v
     return total + tl.load(bias_ptr + units, mask=unit_valid, other=0).to(ACC)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['num_samples'])
 def _hidden_kernel(pooled_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, hidden_ptr,
                    num_samples, width, num_hidden, EPS: tl.constexpr, LAYER_NORM: tl.constexpr,
                    ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -67,7 +67,7 @@ def _hidden_kernel(pooled_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_
              mask=(samples < num_samples)[:, None] & valid[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['num_samples', 'num_mixtures'])
 def _mix_kernel(hidden_ptr, weight_ptr, bias_ptr, beta_ptr, tau_ptr, alpha_ptr, num_samples,
                 num_mixtures, num_cells, width, EPS: tl.constexpr, ACC: tl.constexpr,
                 PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr,
@@ -102,7 +102,7 @@ def _mix_kernel(hidden_ptr, weight_ptr, bias_ptr, beta_ptr, tau_ptr, alpha_ptr, 
                  mask=(samples < num_samples)[:, None] & (columns < num_cells)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['num_samples', 'num_mixtures'])
 def _mix_grad_kernel(grad_ptr, hidden_ptr, weight_ptr, bias_ptr, tau_ptr, logits_ptr, num_samples,
                      num_mixtures, num_cells, width, EPS: tl.constexpr, ACC: tl.constexpr,
                      PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr,

@@ -40,7 +40,9 @@ def is_usable(*tensors: Tensor) -> bool:
         return False
     if _is_interpreted():
         return all(t.dtype != torch.bfloat16 for t in tensors)
-    return device.type == 'cuda' and _capability(device.index) >= LEAST_CAPABILITY
+    # Nobody has tried them on AMD's, which torch calls CUDA devices as well.
+    return (device.type == 'cuda' and torch.version.hip is None
+            and _capability(device.index) >= LEAST_CAPABILITY)
 
 
 def compute_dtype(**tensors: Tensor) -> torch.dtype:

@@ -36,17 +36,20 @@ def pytest_arguments(suite: str) -> list[str]:
     return ['-m', 'pytest', '-q', '-p', 'no:cacheprovider', str(HERE / suite)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('suite', SUITES)
 def test_interpreted(suite: str, tmp_path: Path) -> None:
     run(pytest_arguments(suite), tmp_path, interpret=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_GPU, reason='needs a CUDA device of capability 8.0')
 @pytest.mark.parametrize('suite', SUITES)
 def test_on_gpu(suite: str, tmp_path: Path) -> None:
     run(pytest_arguments(suite), tmp_path, interpret=False)
 
 
+@pytest.mark.slow
 def test_compiled_without_a_gpu(tmp_path: Path) -> None:
     run(pytest_arguments('triton_compile_suite.py'), tmp_path, interpret=False)
 

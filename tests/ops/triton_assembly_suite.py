@@ -41,11 +41,8 @@ def with_sizes(function, sizes):
     return lambda alpha, cells: function(alpha, cells, *sizes)
 
 
-@pytest.mark.parametrize('programs', [2, triton_assembly.NUM_PROGRAMS])
 @pytest.mark.parametrize('case', CASES)
-def test_parity(case, programs, monkeypatch):
-    # With few programs each one has several tiles, as with large layers.
-    monkeypatch.setattr(triton_assembly, 'NUM_PROGRAMS', programs)
+def test_parity(case):
     leaves, sizes = inputs(case)
     assert is_usable(*leaves)
     out = check(with_sizes(assemble_kernel, sizes), with_sizes(reference.assemble_kernel, sizes),
@@ -54,6 +51,14 @@ def test_parity(case, programs, monkeypatch):
         assert out.permute(0, 1, 3, 4, 2).is_contiguous()
     else:
         assert out.is_contiguous()
+
+
+@pytest.mark.parametrize('case', ['many rows and cells', 'many columns'])
+def test_programs_with_several_tiles(case, monkeypatch):
+    # As with large layers, which would take too long.
+    monkeypatch.setattr(triton_assembly, 'NUM_PROGRAMS', 2)
+    leaves, sizes = inputs(case)
+    check(with_sizes(assemble_kernel, sizes), with_sizes(reference.assemble_kernel, sizes), leaves)
 
 
 @pytest.mark.parametrize('case', ['3x3', 'cells with an extent', '1-d'])

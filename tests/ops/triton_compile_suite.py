@@ -34,18 +34,19 @@ class Compiler:
     def launch(self, *arguments, num_warps, num_stages, **constants):
         signature, attributes = {}, {}
         # As the launcher does: an integer 1 is a constant, multiples of 16 are known as such.
-        for i, (name, value) in enumerate(zip(self.kernel.arg_names, arguments)):
-            if value is None or isinstance(value, int) and value == 1:
+        for i, (parameter, value) in enumerate(zip(self.kernel.params, arguments)):
+            name = parameter.name
+            if value is None or (isinstance(value, int) and value == 1
+                                 and not parameter.do_not_specialize):
                 constants[name] = value
             elif isinstance(value, int):
                 signature[name] = 'i32' if value < 2**31 else 'i64'
             else:
                 signature[name] = '*' + TYPES[value.dtype]
-            if not isinstance(value, int) or value % 16 == 0:
+            if name not in constants and (not isinstance(value, int) or (
+                    value % 16 == 0 and not parameter.do_not_specialize)):
                 attributes[i,] = [['tt.divisibility', 16]]
         signature.update((name, 'constexpr') for name in constants)
-        attributes = {key: value for key, value in attributes.items()
-                      if self.kernel.arg_names[key[0]] not in constants}
         source = ASTSource(self.kernel, signature, constants, attributes)
         compiled = triton.compile(source, GPUTarget('cuda', self.capability, 32),
                                   dict(num_warps=num_warps, num_stages=num_stages))
@@ -79,9 +80,9 @@ def meta(*shape, dtype):
 
 def test_assembly(ptx, target):
     _, dtype, parameters = target
-    # A 3x3 convolution of 64 to 128 channels.
+    # A 3x3 convolution of 48 to 96 channels.
     sizes = (9, 2, 1), (3, 3)
-    alpha, cells = meta(1, 18, 27, dtype=dtype), meta(27, 64, 64, 1, 1, dtype=parameters)
+    alpha, cells = meta(1, 18, 27, dtype=dtype), meta(27, 48, 48, 1, 1, dtype=parameters)
     kernel = triton_assembly._assemble(alpha, cells, *sizes, dtype)
     triton_assembly._grad_cells(kernel, alpha, cells.shape, sizes[0], parameters)
     triton_assembly._grad_alpha(kernel, cells, sizes[0], dtype)
