@@ -28,7 +28,7 @@ def run(arguments: list[str], tmp_path: Path, interpret: bool) -> None:
     environment = {**os.environ, 'TRITON_INTERPRET': str(int(interpret)), 'OMP_NUM_THREADS': '1',
                    'TRITON_CACHE_DIR': str(tmp_path), 'PYTHONPATH': str(HERE.parents[1])}
     done = subprocess.run([sys.executable, *arguments], env=environment, cwd=HERE.parents[1],
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
     assert done.returncode == 0, done.stdout
 
 
