@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backend import takes_triton
 from .cell_gradients import collector_of, leave_factors
 from .cell_storage import stored_by_rows
 
@@ -28,6 +29,9 @@ def assemble_kernel(alpha: Tensor, cells: Tensor, grid: Sequence[int],
 
     Cells that ``collect_gradients`` returned get the gradient of all their uses at once.
     """
+    if takes_triton(alpha, cells):
+        from .triton_assembly import assemble_kernel as in_triton
+        return in_triton(alpha, cells, grid, kernel_size)
     collector = collector_of(cells)
     if collector is not None:
         return _AssembleCollected.apply(alpha.to(cells.dtype), cells, collector, grid, kernel_size)

@@ -12,8 +12,8 @@ MIN_ROW = 256
 def reads_by_rows(cells: Tensor) -> bool:
     """Whether ``assemble_kernel`` is faster with cells ``(n, c_out, c_in, *k)`` stored by rows.
 
-    It mixes them row by row, and one row of all cells is then one piece of memory. On the CPU alone,
-    whose caches are what it is about.
+    It mixes them row by row, and one row of all cells is then one piece of memory. This is about
+    the caches of CPUs.
     """
     return cells.device.type == 'cpu' and math.prod(cells.shape[2:]) >= MIN_ROW
 
