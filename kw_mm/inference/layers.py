@@ -102,6 +102,7 @@ class OptimizedConv(nn.Module):
     """
 
     transposed = False  # read by mmcv.cnn.ConvModule
+    has_fixed_temperature = True  # read by set_temperature
 
     def __init__(self, conv: KWConv, affine: Affine | None = None, use_bases: bool = False,
                  workspace: Workspace | None = None) -> None:

@@ -12,7 +12,7 @@ from ..layers import KWConv1d, KWConv2d, KWConv3d
 from ..table import format_table
 from .budget import choose_layers
 from .layers import OptimizedConv, fold_norm
-from .norms import find_norms
+from .norms import find_norms, has_hooks
 from .workspace import Workspace
 
 # 1.5 GiB: what reads fewer bytes than cells do in a KW-ResNet50 of budget 4.
@@ -52,7 +52,7 @@ class OptimizationReport:
         layers: The KW layers.
         num_folded: Batch norms folded into the convolution before them, static ones included.
         skipped: Names of KW layers left as they are, for they are also held beside the module
-            tree.
+            tree or have forward hooks.
     """
 
     layers: tuple[OptimizedLayer, ...]
@@ -71,7 +71,8 @@ class OptimizationReport:
         lines = [format_table(('layer', 'cells', 'bases', 'MiB', 'norm'), rows, right=(1, 2, 3)),
                  f'{self.num_bytes / 2**20:,.1f} MiB in bases, {self.num_folded} norms folded']
         if self.skipped:
-            lines.append(f'left as they are, referred to elsewhere: {", ".join(self.skipped)}')
+            lines.append('left as they are, hooked or referred to elsewhere: '
+                         + ', '.join(self.skipped))
         return '\n'.join(lines)
 
 
@@ -110,7 +111,8 @@ def optimize_for_inference_(module: nn.Module,
         raise ValueError(f'module must contain KW layers, got a {type(module).__name__} without')
     module.eval()
     held = hidden_references(module)
-    convs = {name: conv for name, conv in found.items() if conv not in held}
+    convs = {name: conv for name, conv in found.items()
+             if conv not in held and not any(map(has_hooks, conv.modules()))}
     norms = find_norms(module, (*KW_CONVS, *STATIC_CONVS))
     with_bases = choose_layers(
         {name: conv.plan for name, conv in convs.items() if not conv.attention.tau},
@@ -132,7 +134,7 @@ def optimize_for_inference_(module: nn.Module,
     num_folded = sum(isinstance(new, nn.Identity) for new in replacements.values())
     swap_(module, replacements)
     _store_in_reading_order_(module)
-    return OptimizationReport(tuple(layers), num_folded, tuple(set(found) - set(convs)))
+    return OptimizationReport(tuple(layers), num_folded, tuple(name for name in found if name not in convs))
 
 
 def _store_in_reading_order_(module: nn.Module) -> None:

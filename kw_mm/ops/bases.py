@@ -89,4 +89,5 @@ def _sum_active(hidden: Tensor, scales: Tensor, bases: Tensor) -> Tensor:
     starts = torch.arange(0, num_blocks * num_bases, num_bases)
     return F.embedding_bag(
         starts.unsqueeze(1) + active, bases.flatten(0, 1), mode='sum',
-        per_sample_weights=scales.unsqueeze(1) * hidden[active])
+        # Of another dtype under autocast.
+        per_sample_weights=(scales.unsqueeze(1) * hidden[active]).to(bases.dtype))
