@@ -67,7 +67,8 @@ SEG = [
     'ftfy',
     'regex',
 ]
-TEST = ['pytest>=7', 'pytest-cov', 'pytest-xdist', 'hypothesis', 'ruff']
+TEST = ['pytest>=7', 'pytest-cov', 'pytest-xdist', 'hypothesis', 'ruff',
+        'triton; platform_system == "Linux"']
 
 setup(
     name='kw_mm',

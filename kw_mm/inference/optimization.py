@@ -9,6 +9,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..convert.surgery import hidden_references, swap_
 from ..layers import KWConv1d, KWConv2d, KWConv3d
+from ..ops.cell_storage import reads_by_rows, store_by_rows
 from ..table import format_table
 from .budget import choose_layers
 from .layers import OptimizedConv, fold_norm
@@ -17,9 +18,6 @@ from .workspace import Workspace
 
 # 1.5 GiB: what reads fewer bytes than cells do in a KW-ResNet50 of budget 4.
 DEFAULT_BUDGET = 1536 * 2**20
-
-# Numbers in a row of a cell from which products take it as a block of its own.
-MIN_ROW = 256
 
 KW_CONVS = (KWConv1d, KWConv2d, KWConv3d)
 STATIC_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -133,18 +131,18 @@ def optimize_for_inference_(module: nn.Module,
             replacements[norm] = nn.Identity()
     num_folded = sum(isinstance(new, nn.Identity) for new in replacements.values())
     swap_(module, replacements)
-    _store_in_reading_order_(module)
-    return OptimizationReport(tuple(layers), num_folded, tuple(name for name in found if name not in convs))
+    _store_by_rows_(module)
+    return OptimizationReport(tuple(layers), num_folded,
+                              tuple(name for name in found if name not in convs))
 
 
-def _store_in_reading_order_(module: nn.Module) -> None:
-    """Lays cells out row by row, each row's cells together, where products take them so."""
+def _store_by_rows_(module: nn.Module) -> None:
     read = {(layer.manager, layer.plan.warehouse) for layer in module.modules()
             if isinstance(layer, OptimizedConv) and layer.bases is None}
     for manager, index in read:
         cells = manager.weights[index]
-        if cells.device.type == 'cpu' and cells[0, 0].numel() >= MIN_ROW:
-            cells.data = cells.data.transpose(0, 1).contiguous().transpose(0, 1)
+        if reads_by_rows(cells):
+            cells.data = store_by_rows(cells.data)
 
 
 def _check_budget(memory_budget: int | None) -> int:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import basis_logits, mean_positions, mixing_weights
+from ..ops import basis_logits, mean_positions, mix, mixing_weights
 from ..plan import LayerPlan
 
 
@@ -85,12 +85,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mixing weights ``(N, m, n)`` of an input ``(N, C, *spatial)``."""
-        pooled = mean_positions(x)
-        rows = self.fc2(F.relu(self.norm1(self.fc1(pooled))))
-        rows = rows.unflatten(1, (self.num_mixtures, -1))
-        if self.fc3 is not None:
-            rows = basis_logits(rows, self.fc3.weight, self.basis_bias, self.first_cell)
-        return mixing_weights(rows, self.beta, self.tau)
+        hidden = F.relu(self.norm1(self.fc1(mean_positions(x))))
+        if self.fc3 is None:
+            return mix(hidden, self.fc2.weight, self.fc2.bias, self.beta, self.tau)
+        rows = self.fc2(hidden).unflatten(1, (self.num_mixtures, -1))
+        logits = basis_logits(rows, self.fc3.weight, self.basis_bias, self.first_cell)
+        return mixing_weights(logits, self.beta, self.tau)
 
     def _apply(self, fn, recurse: bool = True):
         tau = self.tau

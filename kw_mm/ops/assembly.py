@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backend import takes_triton
 from .cell_gradients import collector_of, leave_factors
+from .cell_storage import stored_by_rows
 
 # A product of few rows and a very wide matrix runs at a fraction of a CPU's rate. Cut into blocks
 # of at least so many columns it is a batch of products that stay in the cache, 2 to 4 times as
@@ -27,6 +29,9 @@ def assemble_kernel(alpha: Tensor, cells: Tensor, grid: Sequence[int],
 
     Cells that ``collect_gradients`` returned get the gradient of all their uses at once.
     """
+    if takes_triton(alpha, cells):
+        from .triton_assembly import assemble_kernel as in_triton
+        return in_triton(alpha, cells, grid, kernel_size)
     collector = collector_of(cells)
     if collector is not None:
         return _AssembleCollected.apply(alpha.to(cells.dtype), cells, collector, grid, kernel_size)
@@ -101,8 +106,7 @@ class _AssembleCollected(torch.autograd.Function):
                              cut_kernel(grad, ctx.grid, cells.shape[1:]))
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None
-        grad_alpha = _sum_products(grad, cells.flatten(1)).view(alpha.shape)
-        return grad_alpha, None, None, None, None
+        return _sum_products(grad, cells).view(alpha.shape), None, None, None, None
 
 
 def batch_product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
@@ -113,13 +117,17 @@ def batch_product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Ten
     return torch.bmm(left.expand(len(right), -1, -1), right, out=out)
 
 
-def _sum_products(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right.T`` of few rows and very many columns."""
-    size = left.shape[1]
-    if left.device.type != 'cpu' or size % SUM_WIDTH:
-        return left @ right.T
-    left, right = (t.unflatten(1, (-1, SUM_WIDTH)).transpose(0, 1) for t in (left, right))
-    return (left @ right.transpose(1, 2)).sum(0)
+def _sum_products(grads: Tensor, cells: Tensor) -> Tensor:
+    """``grads @ cells.T``, few results of very long sums: ``(R, D)`` and cells to ``(R, n)``."""
+    size = grads.shape[1]
+    if stored_by_rows(cells):
+        parts = cells.flatten(2).transpose(0, 1)
+    elif grads.device.type == 'cpu' and size % SUM_WIDTH == 0:
+        parts = cells.reshape(len(cells), -1, SUM_WIDTH).transpose(0, 1)
+    else:
+        return grads @ cells.flatten(1).T
+    grads = grads.view(len(grads), len(parts), -1).transpose(0, 1)
+    return (grads @ parts.transpose(1, 2)).sum(0)
 
 
 def _rows_per_block(cells: Tensor) -> int:
@@ -127,7 +135,7 @@ def _rows_per_block(cells: Tensor) -> int:
     # On a GPU one product does; on the meta device it is the one that tools count.
     if cells.device.type != 'cpu' or c_out * width < MIN_BLOCKED_SIZE:
         return c_out
-    if cells.stride(1) > cells.stride(0):
-        return 1  # stored row by row
+    if stored_by_rows(cells):
+        return 1
     return next(rows for rows in range(1, c_out + 1)
                 if c_out % rows == 0 and (rows * width >= BLOCK_WIDTH or rows == c_out))

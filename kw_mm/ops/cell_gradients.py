@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
+from .cell_storage import reads_by_rows, store_by_rows
+
 # What stands for cells in the graphs that are alive, by cells and dtype: only those that meet in
 # one graph are summed in one product.
 _collectors: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -28,7 +30,8 @@ def collect_gradients(cells: Tensor) -> Tensor:
         cells: A parameter, ``(n, c_out, c_in, *k)``.
 
     Returns:
-        The same values; ``cells`` itself where no gradient is asked for, or where a compiler or a
+        The same values, on a CPU in the order in which products read them, which is worth a copy
+        for so many uses; ``cells`` itself where no gradient is asked for, or where a compiler or a
         function transform would not understand.
     """
     if not (cells.requires_grad and cells.is_leaf and torch.is_grad_enabled()) or (
@@ -59,7 +62,7 @@ class CellGradients(torch.autograd.Function):
         # By backward pass: one that failed has left something behind.
         ctx.waiting = {}
         # Not a view, whose grad_fn an optimizer's step would take away.
-        return cells.detach()
+        return (store_by_rows(cells) if reads_by_rows(cells) else cells).detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:

@@ -1,0 +1,28 @@
+"""The order in which cells lie in memory."""
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+# Numbers in a row of a cell from which rows are blocks for a product by themselves.
+MIN_ROW = 256
+
+
+def reads_by_rows(cells: Tensor) -> bool:
+    """Whether ``assemble_kernel`` is faster with cells ``(n, c_out, c_in, *k)`` stored by rows.
+
+    It mixes them row by row, and one row of all cells is then one piece of memory. This is about
+    the caches of CPUs.
+    """
+    return cells.device.type == 'cpu' and math.prod(cells.shape[2:]) >= MIN_ROW
+
+
+def store_by_rows(cells: Tensor) -> Tensor:
+    """A copy that lies in memory as ``(c_out, n, c_in, *k)``, of the same shape and values."""
+    return cells.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def stored_by_rows(cells: Tensor) -> bool:
+    """Whether cells lie in memory as ``store_by_rows`` leaves them."""
+    return cells.shape[1] > 1 and cells.stride(1) > cells.stride(0)
