@@ -126,7 +126,7 @@ def _sum_products(grads: Tensor, cells: Tensor) -> Tensor:
         parts = cells.reshape(len(cells), -1, SUM_WIDTH).transpose(0, 1)
     else:
         return grads @ cells.flatten(1).T
-    grads = grads.view(len(grads), len(parts), -1).transpose(0, 1)
+    grads = grads.view(len(grads), len(parts), parts.shape[2]).transpose(0, 1)
     return (grads @ parts.transpose(1, 2)).sum(0)
 
 

@@ -21,11 +21,6 @@ def mean_positions(x: Tensor) -> Tensor:
     return sum(x[(..., *position)] for position in positions) / len(positions)
 
 
-def logit_norms(logits: Tensor) -> Tensor:
-    """``sum_p |z_ip| + 1e-3`` of ``(N, m, n + 1)``: ``(N, m)`` (method, section 3)."""
-    return sum(logits[..., p].abs() for p in range(logits.shape[-1])) + EPS
-
-
 def mixing_weights(logits: Tensor, beta: Tensor, tau: Tensor) -> Tensor:
     """``alpha_ij = (1 - tau) z_ij / (sum_p |z_ip| + 1e-3) + tau beta_ij`` (method, section 3).
 

@@ -64,6 +64,16 @@ def test_the_gradient_of_shared_cells_is_the_sum(batch, uses, rows_first, width)
     check(actual, expected)
 
 
+@pytest.mark.parametrize('shape', [(2, 2, 256, 1, 1), (2, 128, 128, 1, 1)])
+def test_an_empty_batch_of_large_cells(shape):
+    # Sums in parts could not tell the shape of a part from no numbers.
+    cells = nn.Parameter(torch.randn(*shape))
+    alpha = torch.randn(0, 1, 2, requires_grad=True)
+    collected(alpha, cells, (1, 1, 1), (1, 1)).sum().backward()
+    assert alpha.grad.shape == alpha.shape
+    assert cells.grad.abs().sum() == 0
+
+
 def test_backward_accumulates_into_the_parameter():
     cells, alphas = make_cells(), make_alphas()
     expected, = torch.autograd.grad(loss(cells, alphas, assemble_kernel), cells)
