@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple, Union
 
@@ -171,7 +172,8 @@ class OptimizedConv(nn.Module):
             kernel = mix_bases(hidden, norms, self.bases, self.mixtures, self._take('mixtures', x))
             kernel = self._put_in_place(kernel)
         out_channels, in_channels, *kernel_size = self.plan.spec.weight_shape
-        kernel = kernel.view(len(x), out_channels, -1, in_channels).transpose(2, 3)
+        kernel = kernel.view(len(x), out_channels, math.prod(kernel_size), in_channels)
+        kernel = kernel.transpose(2, 3)
         if in_channels == 1 or max(kernel_size) == 1:
             # Of one order only, which strides of lengths 1 must not hide.
             return kernel.reshape(len(x), *self.plan.spec.weight_shape)

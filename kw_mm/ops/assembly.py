@@ -112,8 +112,8 @@ class _AssembleCollected(torch.autograd.Function):
 def batch_product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """``(R, n)``, or ``(B, R, n)``, times each of ``(B, n, width)``: ``(B, R, width)``."""
     if len(right) == 1:
-        return torch.matmul(left, right[0], out=None if out is None else out[0]).view(
-            1, -1, right.shape[2])
+        return torch.matmul(left.flatten(0, -2), right[0], out=None if out is None else out[0]
+                            ).unsqueeze(0)
     return torch.bmm(left.expand(len(right), -1, -1), right, out=out)
 
 

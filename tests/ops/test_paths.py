@@ -138,10 +138,13 @@ def test_bases_give_the_kernels_of_the_attention(g, batch, hidden, scaled, dead,
 
 
 @pytest.mark.parametrize('batch', [0, 1, 3])
-def test_mixed_bases_fill_the_memory_they_are_given(batch):
+@pytest.mark.parametrize('mixtures', [(0, 1, 2, 2, 1, 0), (2,)])
+@pytest.mark.filterwarnings('error')  # memory of another shape was resized, with a warning
+def test_mixed_bases_fill_the_memory_they_are_given(batch, mixtures):
     torch.manual_seed(0)
-    hidden, norms, bases = torch.rand(batch, 4), torch.rand(batch, 3) + 1, torch.randn(6, 5, 7)
-    mixtures = torch.tensor([0, 1, 2, 2, 1, 0])
+    mixtures = torch.tensor(mixtures)
+    hidden, norms = torch.rand(batch, 4), torch.rand(batch, 3) + 1
+    bases = torch.randn(len(mixtures), 5, 7)
     expected = torch.einsum('bk,ukw->buw', torch.cat((hidden, torch.ones(batch, 1)), 1),
                             bases) / norms[:, mixtures].unsqueeze(-1)
     found = ops.mix_bases(hidden, norms, bases, mixtures,
