@@ -69,6 +69,13 @@ class OptimizedAttention(nn.Module):
         # Read once, here, where it costs no synchronisation.
         self.tied = bool(attention.tau)
 
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        # mmengine would load what fits, new cells beside old bases, and log the rest.
+        if f'{prefix}fc1.weight' in state_dict:
+            raise ValueError(f'{prefix}fc1.weight of the checkpoint is that of a layer as it is '
+                             'trained; load it before optimize_for_inference_')
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def hidden(self, x: Tensor) -> Tensor:
         """The hidden vector ``(N, hidden)`` of an input ``(N, C, *spatial)``."""
         h = F.linear(mean_positions(x), self.weight, self.bias)

@@ -1,13 +1,13 @@
 """Collected gradients of cells are the ordinary ones, whatever happens around them."""
 import copy
 import gc
-import threading
 import weakref
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from in_threads import run_in_threads
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -222,22 +222,6 @@ def test_after_a_pass_that_failed(same_graph, monkeypatch):
     actual = cells.grad, *(alpha.grad for alpha in alphas)
     monkeypatch.setitem(globals(), 'collected', assemble_kernel)
     check(actual, torch.autograd.grad(chain(), [cells, *alphas]))
-
-
-def run_in_threads(function, num_threads=2):
-    """Results of ``function(thread)``, all threads at work at the same time."""
-    results, barrier = [None] * num_threads, threading.Barrier(num_threads)
-
-    def work(i):
-        barrier.wait()
-        results[i] = function(i)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(num_threads)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
 
 
 def test_two_threads():
