@@ -137,7 +137,7 @@ class OptimizedConv(nn.Module):
             self.plan.grid, self.plan.cell_shape).to(conv.cells.device) if use_bases else None,
             persistent=False)
         self.requires_grad_(False)
-        self.training = False
+        self.eval()
 
     @property
     def num_bases(self) -> int:

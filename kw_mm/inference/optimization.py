@@ -125,10 +125,10 @@ def optimize_for_inference_(module: nn.Module,
                                      optimized.num_bytes, norm is not None))
     for conv, norm in norms.items():
         if conv in replacements:
-            replacements[norm] = nn.Identity()
+            replacements[norm] = nn.Identity().eval()
         elif type(conv) in STATIC_CONVS:
             replacements[conv] = fuse_conv_bn_eval(conv, norm)
-            replacements[norm] = nn.Identity()
+            replacements[norm] = nn.Identity().eval()
     num_folded = sum(isinstance(new, nn.Identity) for new in replacements.values())
     swap_(module, replacements)
     _store_by_rows_(module)

@@ -23,10 +23,10 @@ class Workspace:
 
         Returns:
             None where there is an allocator that keeps memory, a graph that would keep the
-            tensor, or autocast, which passes over functions that are given a place for their
-            result.
+            tensor, a compiler that plans memory itself, or autocast, which passes over functions
+            that are given a place for their result.
         """
-        if (like.device.type != 'cpu' or torch.is_grad_enabled()
+        if (like.device.type != 'cpu' or torch.is_grad_enabled() or torch.compiler.is_compiling()
                 or torch.is_autocast_enabled('cpu')):
             return None
         numel = torch.Size(shape).numel()

@@ -75,7 +75,8 @@ def mix_bases(hidden: Tensor, norms: Tensor, bases: Tensor, mixtures: Tensor,
     """
     hidden = torch.cat((hidden, hidden.new_ones(len(hidden), 1)), 1)
     scales = (1 / norms)[:, mixtures]
-    if len(hidden) == 1 and bases.device.type == 'cpu':
+    # How many units are active is nothing that a compiler knows.
+    if len(hidden) == 1 and bases.device.type == 'cpu' and not torch.compiler.is_compiling():
         return _sum_active(hidden[0], scales[0], bases).unsqueeze(0)
     # Few rows and a wide matrix, as in assembly, in blocks from the outset.
     out = make_out and make_out((len(bases), len(hidden), bases.shape[2]))
