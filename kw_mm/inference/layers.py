@@ -130,8 +130,13 @@ class OptimizedConv(nn.Module):
             scale, shift = affine
             bias = (shift if bias is None else shift + bias * scale).to(dtype)
             scale = scale.to(dtype)
-        self.register_buffer('scale', scale)
-        self.register_buffer('bias', None if bias is None else bias.detach().clone())
+        bias = None if bias is None else bias.detach().clone()
+        # Kernels that need no copy are not touched for their scale either.
+        scales_output = scale is not None and not use_bases and self.plan.grid[1] == 1
+        self.register_buffer('scale', None if scales_output else scale)
+        self.register_buffer('bias', None if scales_output else bias)
+        self.register_buffer('output_scale', _per_channel(scale, self) if scales_output else None)
+        self.register_buffer('output_shift', _per_channel(bias, self) if scales_output else None)
         self.register_buffer('bases', self._contract() if use_bases else None)
         self.register_buffer('mixtures', block_mixtures(
             self.plan.grid, self.plan.cell_shape).to(conv.cells.device) if use_bases else None,
@@ -166,18 +171,21 @@ class OptimizedConv(nn.Module):
         Raises:
             ValueError: If ``x`` has no batch dimension or another number of channels.
         """
-        return convolve(self, x, self.kernel)
+        y = convolve(self, x, self.kernel)
+        if self.output_scale is None:
+            return y
+        return torch.addcmul(self.output_shift, y, self.output_scale)
 
     def kernel(self, x: Tensor) -> Tensor:
         """The kernels for an input ``(N, C_in, *spatial)``: ``(N, C_out, C_in / groups, *k)``,
-        in memory position before input channel."""
+        in memory position before input channel, still without ``output_scale``."""
         if self.bases is None:
             kernel = self._mix_cells(self.attention(x))
         else:
             hidden = self.attention.hidden(x)
             norms = logit_norms(self.attention.logits(hidden)).to(hidden.dtype)
-            kernel = mix_bases(hidden, norms, self.bases, self.mixtures, self._take('mixtures', x))
-            kernel = self._put_in_place(kernel)
+            kernel = self._put_in_place(
+                mix_bases(hidden, norms, self.bases, self.mixtures, self._take('mixtures', x)))
         out_channels, in_channels, *kernel_size = self.plan.spec.weight_shape
         kernel = kernel.view(len(x), out_channels, math.prod(kernel_size), in_channels)
         kernel = kernel.transpose(2, 3)
@@ -191,8 +199,11 @@ class OptimizedConv(nn.Module):
         mixtures = mix_cells(alpha, self.manager.cells(self.plan.warehouse),
                              self._take('mixtures', alpha))
         mixtures = mixtures.unflatten(1, self.plan.grid).permute(0, 2, 4, 5, 1, 7, 3, 6)
-        scale = None if self.scale is None else self.scale.view(*mixtures.shape[1:4], 1, 1, 1, 1)
-        return self._put_in_place(mixtures, scale)
+        if self.plan.grid[1] == mixtures.shape[3] == 1:
+            # One row of a kernel after the other, of all samples; nothing needs them closer.
+            return mixtures.flatten(1, 3).flatten(2)
+        return self._put_in_place(mixtures, None if self.scale is None else self.scale.view(
+            *mixtures.shape[1:4], 1, 1, 1, 1))
 
     def _put_in_place(self, mixtures: Tensor, scale: Tensor | None = None) -> Tensor:
         """The same numbers, contiguous and scaled in one go."""
@@ -222,3 +233,7 @@ class OptimizedConv(nn.Module):
                 f'm={self.plan.num_mixtures}, '
                 + (f'n={self.plan.num_cells}' if self.bases is None else
                    f'bases={self.num_bases}'))
+
+
+def _per_channel(values: Tensor, conv: OptimizedConv) -> Tensor:
+    return values.view(-1, *(1,) * conv.num_dims)

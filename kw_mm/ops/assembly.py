@@ -97,7 +97,8 @@ class _AssembleCollected(torch.autograd.Function):
         ctx.collector = collector
         ctx.grid = grid
         collector.num_rows += len(alpha) * alpha.shape[1]
-        return _assemble(alpha, cells, grid, kernel_size)
+        rows = collector.rows  # read once, for another thread may drop it
+        return _assemble(alpha, cells if rows is None else rows, grid, kernel_size)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:
@@ -119,15 +120,12 @@ def batch_product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Ten
 
 def _sum_products(grads: Tensor, cells: Tensor) -> Tensor:
     """``grads @ cells.T``, few results of very long sums: ``(R, D)`` and cells to ``(R, n)``."""
-    size = grads.shape[1]
-    if stored_by_rows(cells):
-        parts = cells.flatten(2).transpose(0, 1)
-    elif grads.device.type == 'cpu' and size % SUM_WIDTH == 0:
-        parts = cells.reshape(len(cells), -1, SUM_WIDTH).transpose(0, 1)
-    else:
+    if grads.device.type != 'cpu' or grads.shape[1] % SUM_WIDTH:
         return grads @ cells.flatten(1).T
-    grads = grads.view(len(grads), len(parts), parts.shape[2]).transpose(0, 1)
-    return (grads @ parts.transpose(1, 2)).sum(0)
+    num_parts = grads.shape[1] // SUM_WIDTH
+    grads, cells = (t.reshape(len(t), num_parts, SUM_WIDTH).transpose(0, 1)
+                    for t in (grads, cells))
+    return (grads @ cells.transpose(1, 2)).sum(0)
 
 
 def _rows_per_block(cells: Tensor) -> int:

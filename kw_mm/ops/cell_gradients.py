@@ -30,8 +30,7 @@ def collect_gradients(cells: Tensor) -> Tensor:
         cells: A parameter, ``(n, c_out, c_in, *k)``.
 
     Returns:
-        The same values, on a CPU in the order in which products read them, which is worth a copy
-        for so many uses; ``cells`` itself where no gradient is asked for, or where a compiler or a
+        The same values; ``cells`` itself where no gradient is asked for, or where a compiler or a
         function transform would not understand.
     """
     if not (cells.requires_grad and cells.is_leaf and torch.is_grad_enabled()) or (
@@ -61,8 +60,10 @@ class CellGradients(torch.autograd.Function):
         ctx.num_rows = 0  # of all uses so far
         # By backward pass: one that failed has left something behind.
         ctx.waiting = {}
+        # Worth a copy for so many uses. The backward pass has none for it.
+        ctx.rows = store_by_rows(cells) if reads_by_rows(cells) else None
         # Not a view, whose grad_fn an optimizer's step would take away.
-        return (store_by_rows(cells) if reads_by_rows(cells) else cells).detach()
+        return cells.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
@@ -113,6 +114,7 @@ def leave_factors(collector: Any, alpha: Tensor, grads: Tensor) -> Tensor:
     Returns:
         ``grads`` as ``(R, D)``, contiguous.
     """
+    collector.rows = None
     size = math.prod(collector.shape[1:])
     # In a pass that asks for other gradients alone nobody would come for them.
     if not torch._C._will_engine_execute_node(collector):
