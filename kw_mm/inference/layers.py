@@ -174,7 +174,8 @@ class OptimizedConv(nn.Module):
         y = convolve(self, x, self.kernel)
         if self.output_scale is None:
             return y
-        return torch.addcmul(self.output_shift, y, self.output_scale)
+        # Under autocast y is in half precision, and so is what follows from it.
+        return torch.addcmul(self.output_shift, y, self.output_scale).to(y.dtype)
 
     def kernel(self, x: Tensor) -> Tensor:
         """The kernels for an input ``(N, C_in, *spatial)``: ``(N, C_out, C_in / groups, *k)``,
