@@ -68,6 +68,13 @@ class OptimizedAttention(nn.Module):
         # Read once, here, where it costs no synchronisation.
         self.tied = bool(attention.tau)
 
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        # mmengine would load what fits, new cells beside old bases, and log the rest.
+        if f'{prefix}fc1.weight' in state_dict:
+            raise ValueError(f'{prefix}fc1.weight of the checkpoint is that of a layer as it is '
+                             'trained; load it before optimize_for_inference_')
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def hidden(self, x: Tensor) -> Tensor:
         """The hidden vector ``(N, hidden)`` of an input ``(N, C, *spatial)``."""
         h = F.linear(mean_positions(x), self.weight, self.bias)
@@ -102,6 +109,7 @@ class OptimizedConv(nn.Module):
     """
 
     transposed = False  # read by mmcv.cnn.ConvModule
+    has_fixed_temperature = True  # read by set_temperature
 
     def __init__(self, conv: KWConv, affine: Affine | None = None, use_bases: bool = False,
                  workspace: Workspace | None = None) -> None:
@@ -133,7 +141,7 @@ class OptimizedConv(nn.Module):
             self.plan.grid, self.plan.cell_shape).to(conv.cells.device) if use_bases else None,
             persistent=False)
         self.requires_grad_(False)
-        self.training = False
+        self.eval()
 
     @property
     def num_bases(self) -> int:
@@ -165,7 +173,8 @@ class OptimizedConv(nn.Module):
         y = convolve(self, x, self.kernel)
         if self.output_scale is None:
             return y
-        return torch.addcmul(self.output_shift, y, self.output_scale)
+        # Under autocast y is in half precision, and so is what follows from it.
+        return torch.addcmul(self.output_shift, y, self.output_scale).to(y.dtype)
 
     def kernel(self, x: Tensor) -> Tensor:
         """The kernels for an input ``(N, C_in, *spatial)``: ``(N, C_out, C_in / groups, *k)``,

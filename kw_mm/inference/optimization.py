@@ -13,7 +13,7 @@ from ..ops.cell_storage import reads_by_rows, store_by_rows
 from ..table import format_table
 from .budget import choose_layers
 from .layers import OptimizedConv, fold_norm
-from .norms import find_norms
+from .norms import find_norms, has_hooks
 from .workspace import Workspace
 
 # 1.5 GiB: what reads fewer bytes than cells do in a KW-ResNet50 of budget 4.
@@ -50,7 +50,7 @@ class OptimizationReport:
         layers: The KW layers.
         num_folded: Batch norms folded into the convolution before them, static ones included.
         skipped: Names of KW layers left as they are, for they are also held beside the module
-            tree.
+            tree or have forward hooks.
     """
 
     layers: tuple[OptimizedLayer, ...]
@@ -69,7 +69,8 @@ class OptimizationReport:
         lines = [format_table(('layer', 'cells', 'bases', 'MiB', 'norm'), rows, right=(1, 2, 3)),
                  f'{self.num_bytes / 2**20:,.1f} MiB in bases, {self.num_folded} norms folded']
         if self.skipped:
-            lines.append(f'left as they are, referred to elsewhere: {", ".join(self.skipped)}')
+            lines.append('left as they are, hooked or referred to elsewhere: '
+                         + ', '.join(self.skipped))
         return '\n'.join(lines)
 
 
@@ -108,7 +109,8 @@ def optimize_for_inference_(module: nn.Module,
         raise ValueError(f'module must contain KW layers, got a {type(module).__name__} without')
     module.eval()
     held = hidden_references(module)
-    convs = {name: conv for name, conv in found.items() if conv not in held}
+    convs = {name: conv for name, conv in found.items()
+             if conv not in held and not any(map(has_hooks, conv.modules()))}
     norms = find_norms(module, (*KW_CONVS, *STATIC_CONVS))
     with_bases = choose_layers(
         {name: conv.plan for name, conv in convs.items() if not conv.attention.tau},
@@ -123,14 +125,15 @@ def optimize_for_inference_(module: nn.Module,
                                      optimized.num_bytes, norm is not None))
     for conv, norm in norms.items():
         if conv in replacements:
-            replacements[norm] = nn.Identity()
+            replacements[norm] = nn.Identity().eval()
         elif type(conv) in STATIC_CONVS:
             replacements[conv] = fuse_conv_bn_eval(conv, norm)
-            replacements[norm] = nn.Identity()
+            replacements[norm] = nn.Identity().eval()
     num_folded = sum(isinstance(new, nn.Identity) for new in replacements.values())
     swap_(module, replacements)
     _store_by_rows_(module)
-    return OptimizationReport(tuple(layers), num_folded, tuple(set(found) - set(convs)))
+    return OptimizationReport(tuple(layers), num_folded,
+                              tuple(name for name in found if name not in convs))
 
 
 def _store_by_rows_(module: nn.Module) -> None:

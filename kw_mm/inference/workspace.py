@@ -22,10 +22,12 @@ class Workspace:
         """A contiguous tensor of undefined content, valid until its slot is asked for again.
 
         Returns:
-            None where there is an allocator that keeps memory, or a graph that would keep the
-            tensor.
+            None where there is an allocator that keeps memory, a graph that would keep the
+            tensor, a compiler that plans memory itself, or autocast, which passes over functions
+            that are given a place for their result.
         """
-        if like.device.type != 'cpu' or torch.is_grad_enabled():
+        if (like.device.type != 'cpu' or torch.is_grad_enabled() or torch.compiler.is_compiling()
+                or torch.is_autocast_enabled('cpu')):
             return None
         numel = torch.Size(shape).numel()
         key = slot, like.dtype

@@ -112,12 +112,17 @@ def set_temperature(module: nn.Module, tau: float) -> int:
 
     Raises:
         TypeError: If ``tau`` is no number.
-        ValueError: If it is not in [0, 1].
+        ValueError: If it is not in [0, 1], or the module was optimized for inference, which fixes
+            the temperature.
     """
     if isinstance(tau, bool) or not isinstance(tau, Real):
         raise TypeError(f'tau must be a number in [0, 1], got {tau!r}')
     if math.isnan(tau) or not 0 <= tau <= 1:
         raise ValueError(f'tau must be a number in [0, 1], got {tau!r}')
+    for name, child in module.named_modules():
+        if getattr(child, 'has_fixed_temperature', False):
+            raise ValueError(f'module must not be optimized for inference, which fixes the '
+                             f'temperature of its layers, as of {name!r}; set tau before')
     attentions = [m for m in module.modules() if isinstance(m, Attention)]
     for attention in attentions:
         attention.tau.fill_(tau)

@@ -97,8 +97,8 @@ class _AssembleCollected(torch.autograd.Function):
         ctx.collector = collector
         ctx.grid = grid
         collector.num_rows += len(alpha) * alpha.shape[1]
-        return _assemble(alpha, cells if collector.rows is None else collector.rows, grid,
-                         kernel_size)
+        rows = collector.rows  # read once, for another thread may drop it
+        return _assemble(alpha, cells if rows is None else rows, grid, kernel_size)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:
@@ -113,8 +113,8 @@ class _AssembleCollected(torch.autograd.Function):
 def batch_product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """``(R, n)``, or ``(B, R, n)``, times each of ``(B, n, width)``: ``(B, R, width)``."""
     if len(right) == 1:
-        return torch.matmul(left, right[0], out=None if out is None else out[0]).view(
-            1, -1, right.shape[2])
+        return torch.matmul(left.flatten(0, -2), right[0], out=None if out is None else out[0]
+                            ).unsqueeze(0)
     return torch.bmm(left.expand(len(right), -1, -1), right, out=out)
 
 
@@ -122,7 +122,9 @@ def _sum_products(grads: Tensor, cells: Tensor) -> Tensor:
     """``grads @ cells.T``, few results of very long sums: ``(R, D)`` and cells to ``(R, n)``."""
     if grads.device.type != 'cpu' or grads.shape[1] % SUM_WIDTH:
         return grads @ cells.flatten(1).T
-    grads, cells = (t.reshape(len(t), -1, SUM_WIDTH).transpose(0, 1) for t in (grads, cells))
+    num_parts = grads.shape[1] // SUM_WIDTH
+    grads, cells = (t.reshape(len(t), num_parts, SUM_WIDTH).transpose(0, 1)
+                    for t in (grads, cells))
     return (grads @ cells.transpose(1, 2)).sum(0)
 
 

@@ -46,8 +46,7 @@ def mix(hidden: Tensor, weight: Tensor, bias: Tensor, beta: Tensor, tau: Tensor)
 
 
 def logit_norms(logits: Tensor) -> Tensor:
-    """What logits are divided by, ``|z_i|_1 + EPS`` of ``(N, m, n + 1)``: ``(N, m)``, not in half
-    precision."""
+    """What logits ``(N, m, n + 1)`` are divided by; see ``reference``. Not in half precision."""
     # A sum of magnitudes overflows float16 and drowns EPS in bfloat16.
     z = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     return z.abs().sum(-1) + EPS

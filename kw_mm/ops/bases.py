@@ -76,7 +76,8 @@ def mix_bases(hidden: Tensor, norms: Tensor, bases: Tensor, mixtures: Tensor,
     """
     hidden = torch.cat((hidden, hidden.new_ones(len(hidden), 1)), 1)
     scales = (1 / norms)[:, mixtures]
-    if len(hidden) == 1 and bases.device.type == 'cpu':
+    # How many units are active is nothing that a compiler knows.
+    if len(hidden) == 1 and bases.device.type == 'cpu' and not torch.compiler.is_compiling():
         return _sum_active(hidden[0], scales[0], bases).unsqueeze(0)
     # Few rows and a wide matrix, as in assembly, in blocks from the outset.
     out = make_out and make_out((len(bases), len(hidden), bases.shape[2]))
@@ -90,4 +91,5 @@ def _sum_active(hidden: Tensor, scales: Tensor, bases: Tensor) -> Tensor:
     starts = torch.arange(0, num_blocks * num_bases, num_bases)
     return F.embedding_bag(
         starts.unsqueeze(1) + active, bases.flatten(0, 1), mode='sum',
-        per_sample_weights=scales.unsqueeze(1) * hidden[active])
+        # Of another dtype under autocast.
+        per_sample_weights=(scales.unsqueeze(1) * hidden[active]).to(bases.dtype))

@@ -40,9 +40,11 @@ def collect_gradients(cells: Tensor) -> Tensor:
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else cells.dtype
     alive = _collectors.setdefault(cells, {})
     collector = alive[dtype]() if dtype in alive else None
-    # Parameters are given other memory, for example by ``.to()``, without becoming others.
-    if collector is None or collector.grad_fn.memory != cells.data_ptr():
-        collector = CellGradients.apply(cells.to(dtype), cells.data_ptr())
+    # Parameters are given other memory, for example by ``.to()``, or other values without becoming
+    # others.
+    state = cells.data_ptr(), cells._version
+    if collector is None or collector.grad_fn.state != state:
+        collector = CellGradients.apply(cells.to(dtype), state)
         alive[dtype] = TensorWeakRef(collector)
     return collector
 
@@ -51,16 +53,17 @@ class CellGradients(torch.autograd.Function):
     """Stands between a warehouse and its layers, and waits for all of them in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, cells: Tensor, memory: int) -> Tensor:
+    def forward(ctx: Any, cells: Tensor, state: tuple[int, int]) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.memory = memory
+        ctx.state = state
         ctx.shape = cells.shape
         ctx.num_rows = 0  # of all uses so far
         # By backward pass: one that failed has left something behind.
         ctx.waiting = {}
         # Worth a copy for so many uses. The backward pass has none for it.
         ctx.rows = store_by_rows(cells) if reads_by_rows(cells) else None
-        return cells.view_as(cells)
+        # Not a view, whose grad_fn an optimizer's step would take away.
+        return cells.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:

@@ -5,49 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parity import check, geometries, leaf
 
 from kw_mm import ops
 from kw_mm.ops import reference
-
-
-@st.composite
-def geometries(draw):
-    """A layer's sizes: 1 to 3 dimensions, any groups, stride, dilation, padding and batch."""
-    dims = draw(st.integers(1, 3))
-    sizes = st.integers(1, 3)
-    groups = draw(st.integers(1, 3))
-    cell = (draw(sizes), draw(sizes))
-    partition = draw(st.booleans())
-    kernel_size = tuple(draw(st.lists(st.integers(1, 3), min_size=dims, max_size=dims)))
-    dilation = tuple(draw(st.lists(st.integers(1, 2), min_size=dims, max_size=dims)))
-    padding = tuple(draw(st.lists(st.integers(0, 2), min_size=dims, max_size=dims)))
-    positions = math.prod(kernel_size) if partition else 1
-    grid = (positions, groups * draw(st.integers(1, 2)), draw(st.integers(1, 2)))
-    least = [max(d * (k - 1) + 1 - 2 * p, 1) for d, k, p in zip(dilation, kernel_size, padding)]
-    return dict(
-        batch=draw(st.integers(0, 5)), groups=groups, grid=grid, kernel_size=kernel_size,
-        cell_shape=(*cell, *((1,) * dims if partition else kernel_size)),
-        num_cells=draw(st.integers(1, 6)), dilation=dilation, padding=padding,
-        stride=tuple(draw(st.lists(st.integers(1, 3), min_size=dims, max_size=dims))),
-        size=tuple(lower + draw(st.integers(0, 4)) for lower in least),
-        bias=draw(st.booleans()), tau=draw(st.sampled_from([0., 0.37, 1.])))
-
-
-def leaf(*shape):
-    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-
-
-def check(function, twin, inputs, *rest):
-    """Compares outputs, and gradients of a random linear form, for all inputs that have them."""
-    leaves = [t for t in inputs if t is not None and t.requires_grad]
-    outputs = [f(*inputs, *rest) for f in (function, twin)]
-    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
-    weights = torch.randn_like(outputs[0])
-    # A loop over no samples has no graph; the added zero lends it one.
-    fast, slow = (torch.autograd.grad((out * weights).sum() + sum(t.sum() * 0 for t in leaves),
-                                      leaves) for out in outputs)
-    for actual, expected in zip(fast, slow):
-        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
 
 
 @settings(deadline=None, max_examples=150)
@@ -75,6 +36,24 @@ def test_mixing_weights(batch, m, n, tau):
           torch.tensor(tau, dtype=torch.float64))
 
 
+@settings(deadline=None, max_examples=40)
+@given(batch=st.integers(0, 5), m=st.integers(1, 4), n=st.integers(0, 5))
+def test_logit_norms(batch, m, n):
+    torch.manual_seed(0)
+    check(ops.logit_norms, reference.logit_norms, (leaf(batch, m, n + 1),))
+
+
+@settings(deadline=None, max_examples=40)
+@given(batch=st.integers(0, 3), channels=st.integers(1, 3),
+       size=st.lists(st.integers(1, 4), min_size=1, max_size=3), contiguous=st.booleans())
+def test_mean_positions(batch, channels, size, contiguous):
+    torch.manual_seed(0)
+    x = leaf(batch, channels, *size)
+    if not contiguous:
+        x = x.detach().transpose(1, -1).contiguous().transpose(1, -1).requires_grad_()
+    check(ops.mean_positions, reference.mean_positions, (x,))
+
+
 @settings(deadline=None, max_examples=60)
 @given(batch=st.integers(0, 3), m=st.integers(1, 3), local=st.integers(0, 3),
        nonlocal_=st.integers(1, 5), basis=st.integers(1, 4), data=st.data())
@@ -96,6 +75,7 @@ def test_gradcheck():
         return ops.dynamic_conv(x, kernel, None, (2, 1), (1, 0), (1, 1), 1)
 
     assert torch.autograd.gradcheck(layer, (logits, cells, x))
+    assert torch.autograd.gradgradcheck(ops.mean_positions, (x,))
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])

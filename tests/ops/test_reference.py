@@ -12,6 +12,13 @@ def test_mixing_weights_of_two_mixtures_and_two_cells():
     torch.testing.assert_close(alpha, expected.double(), rtol=0, atol=1e-7)
 
 
+def test_means_and_norms():
+    x = torch.tensor([[[[1., 2.], [3., 6.]], [[-1., 0.], [0., 0.]]]])
+    assert reference.mean_positions(x).tolist() == [[3., -0.25]]
+    logits = torch.tensor([[[3., -1., 1.], [0., 0., 2.]]], dtype=torch.float64)
+    assert reference.logit_norms(logits).tolist() == [[5.001, 2.001]]
+
+
 def test_kernel_of_two_mixtures_and_two_cells():
     # A 1-d kernel of two positions: w_0 = 2 e_0 + e_1 and w_1 = -e_0.
     cells = torch.tensor([[[[1.], [2.]]], [[[10.], [20.]]]])  # (2, c_out=1, c_in=2, 1)

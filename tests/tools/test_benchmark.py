@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import kw_mm
 from kw_mm.engine.benchmark import backbones
 from kw_mm.engine.benchmark.memory import Memory
 from kw_mm.engine.benchmark.suite import Workload
@@ -18,18 +17,11 @@ TINY = ['--depth', '18', '--options', 'base_channels=4', 'num_stages=1', 'out_in
         '--rate-size', '8', '--parity-shape', '2x32x32']
 
 
-class Optimised:
-    num_bytes = 3_000_000
-
-
 @pytest.fixture
 def tool(monkeypatch):
     spec = importlib.util.spec_from_file_location('benchmark', TOOL)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if not hasattr(kw_mm, 'optimize_for_inference_'):
-        monkeypatch.setattr(kw_mm, 'optimize_for_inference_',
-                            lambda module, memory_budget=None: Optimised(), raising=False)
     monkeypatch.setattr(backbones, 'measure_memory', lambda name, kw_cfg, options, workload: Memory(
         200 if kw_cfg is None else 250, 100))
     return module

@@ -1,0 +1,177 @@
+"""Optimised modules at work: threads, memory of any content, gradients of the input, a Runner."""
+import copy
+
+import pytest
+import torch
+from in_threads import run_in_threads
+from mmengine.evaluator import BaseMetric
+from mmengine.logging import MMLogger
+from mmengine.model import BaseModel
+from mmengine.registry import DefaultScope
+from mmengine.runner import Runner
+from optimised import error, optimised_with, outputs, randomise
+from torch import Tensor, nn
+
+from kw_mm import KWConv2d, KWResNet
+from kw_mm.inference.workspace import Workspace
+
+
+@pytest.fixture(params=['bases', 'cells'])
+def kind(request):
+    return request.param
+
+
+def make_model():
+    return randomise(nn.Sequential(
+        nn.Conv2d(3, 16, 3, 2), nn.BatchNorm2d(16), nn.ReLU(),
+        KWConv2d(16, 32, 3, padding=1, kw_cfg=dict(cell_num_ratio=2)), nn.BatchNorm2d(32),
+        nn.ReLU(), KWConv2d(32, 16, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        KWConv2d(16, 16, 3, groups=4), KWConv2d(16, 16, 3, 2, 1, groups=16))).double()
+
+
+def images(*batches, size=15):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(batch, 3, size, size, generator=generator).double() for batch in batches]
+
+
+def test_two_threads_have_kernels_of_their_own(kind):
+    model = make_model()
+    twin, _ = optimised_with(kind, model)
+    inputs = images(3, 2, 3)
+    expected = [outputs(model, x) for x in inputs]
+    for i, found in enumerate(run_in_threads(
+            lambda i: [outputs(twin, inputs[i]) for _ in range(30)], num_threads=3)):
+        for result in found:
+            assert error(result, expected[i]) < 1e-10
+
+
+def test_results_outlive_the_next_image(kind):
+    # They are not the memory that kernels are put into.
+    twin, _ = optimised_with(kind, make_model())
+    first, second = images(3, 3)
+    found = outputs(twin, first)
+    before = [y.clone() for y in found]
+    outputs(twin, second)
+    assert all(map(torch.equal, found, before))
+
+
+def poison(tensor: Tensor) -> Tensor:
+    with torch.no_grad():
+        return tensor.fill_(float('nan')) if tensor.is_floating_point() else tensor
+
+
+@pytest.fixture
+def nothing_is_zero(monkeypatch):
+    """Memory whose content is undefined is full of NaN; returns the shapes that were asked for."""
+    calls = []
+
+    def poisoned(original):
+        def function(*args, **kwargs):
+            tensor = original(*args, **kwargs)
+            if tensor is not None:
+                calls.append(tuple(poison(tensor).shape))
+            return tensor
+
+        return function
+
+    for owner, name in ((torch, 'empty'), (torch, 'empty_like'), (Tensor, 'new_empty'),
+                        (Workspace, 'take')):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+    return calls
+
+
+@pytest.mark.parametrize('sizes', [(1, 3, 1), (3, 2, 0, 3)])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_memory_is_written_before_it_is_read(kind, sizes, memory_format, nothing_is_zero):
+    model = make_model()
+    twin, _ = optimised_with(kind, model)
+    for x in images(*sizes):
+        x = x.contiguous(memory_format=memory_format)
+        assert error(outputs(twin, x), outputs(model, x)) < 1e-10
+    assert len(nothing_is_zero) > 4  # memory for kernels, in the least
+
+
+def test_training_writes_memory_before_it_reads_it(nothing_is_zero):
+    # The factors of the cells' gradients are gathered in such memory.
+    model = make_model().train()
+    x, = images(3)
+    grads = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    assert all(grad.isfinite().all() for grad in grads)
+    assert nothing_is_zero
+
+
+@pytest.mark.parametrize('batch', [1, 3])
+def test_the_gradient_of_the_input(kind, batch):
+    model = make_model()
+    twin, _ = optimised_with(kind, model)
+    x, = images(batch)
+    grads = []
+    for net in (model, twin):
+        image = x.clone().requires_grad_()
+        net(image).square().sum().backward()
+        grads.append(image.grad)
+    assert error((grads[1],), (grads[0],)) < 1e-10
+    assert grads[0].abs().sum() > 0
+
+
+def test_a_graph_keeps_its_kernels(kind):
+    # In shared memory the second image's would have replaced them before the backward pass.
+    model = make_model()
+    twin, _ = optimised_with(kind, model)
+    first, second = (x.requires_grad_() for x in images(3, 3))
+    (twin(first).square().sum() + twin(second).sum()).backward()
+    expected = torch.autograd.grad(model(first).square().sum(), first)
+    assert error((first.grad,), expected) < 1e-10
+
+
+@pytest.mark.parametrize('batch', [1, 3])
+def test_compiled_without_graph_breaks(kind, batch):
+    # Memory of one's own, and the choice of active units, are nothing that a compiler knows.
+    model = randomise(nn.Sequential(KWConv2d(3, 4, 3), nn.BatchNorm2d(4))).double()
+    twin, _ = optimised_with(kind, model)
+    compiled = torch.compile(twin, backend='aot_eager', fullgraph=True)
+    x, = images(batch)
+    assert error(outputs(compiled, x), outputs(model, x)) < 1e-10
+
+
+class Detector(BaseModel):
+    """The least that a Runner tests."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, inputs, data_samples=None, mode='predict'):
+        return list(self.backbone(torch.stack(inputs) if isinstance(inputs, list) else inputs)[0])
+
+
+class Sums(BaseMetric):
+    """Keeps what the model returns."""
+
+    def process(self, data_batch, data_samples):
+        self.results.extend(y.sum().item() for y in data_samples)
+
+    def compute_metrics(self, results):
+        return {f'image{i}': value for i, value in enumerate(results)}
+
+
+@pytest.mark.parametrize('loop', ['val', 'test'])
+def test_a_runner(kind, loop, tmp_path):
+    DefaultScope._instance_dict.clear()
+    MMLogger._instance_dict.clear()
+    model = Detector(randomise(KWResNet(18, base_channels=8, num_stages=2, out_indices=(1,))))
+    twin, _ = optimised_with(kind, model)
+    data = [dict(inputs=x) for x in torch.randn(5, 3, 32, 32)]
+    loader = dict(dataset=data, batch_size=2, num_workers=0,
+                  sampler=dict(type='DefaultSampler', shuffle=False))
+    metrics = []
+    for i, net in enumerate((model, twin)):
+        runner = Runner(copy.deepcopy(net), str(tmp_path / str(i)), log_level='ERROR',
+                        default_scope='mmengine', experiment_name=f'{tmp_path.name}{i}',
+                        **{f'{loop}_dataloader': loader, f'{loop}_cfg': dict(),
+                           f'{loop}_evaluator': [Sums(prefix='x')]})
+        metrics.append(getattr(runner, loop)())
+        MMLogger._instance_dict.clear()
+    assert metrics[1] == pytest.approx(metrics[0], rel=1e-4)
+    assert len(metrics[0]) == 5
+    DefaultScope._instance_dict.clear()

@@ -1,0 +1,241 @@
+"""Every path of the fast functions equals the reference, chosen one by one: small random cases
+alone would take few of them."""
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from parity import check, geometries, leaf
+
+from kw_mm import ops
+from kw_mm.ops import assembly, convolution, reference
+
+
+def by_rows(cells):
+    """The same cells, stored row by row as inference leaves them."""
+    return cells.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+
+
+def collected(alpha, cells, *rest):
+    return ops.assemble_kernel(alpha, ops.collect_gradients(cells), *rest)
+
+
+# Assembly.
+
+@settings(deadline=None, max_examples=120)
+@given(g=geometries(), width=st.integers(1, 20), sum_width=st.integers(1, 4),
+       rows_first=st.booleans(), function=st.sampled_from([ops.assemble_kernel, collected]))
+def test_assembly_in_blocks(g, width, sum_width, rows_first, function):
+    # Blocks of one row, of several and of the whole cell; sums of one part and of several.
+    torch.manual_seed(0)
+    alpha = leaf(g['batch'], math.prod(g['grid']), g['num_cells'])
+    cells = leaf(g['num_cells'], 6, *g['cell_shape'][1:])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assembly, 'MIN_BLOCKED_SIZE', 0)
+        patch.setattr(assembly, 'BLOCK_WIDTH', width)
+        patch.setattr(assembly, 'SUM_WIDTH', sum_width)
+        check(function, reference.assemble_kernel, (alpha, by_rows(cells) if rows_first else cells),
+              g['grid'], g['kernel_size'])
+
+
+# The first two are as large as cells in blocks are; rows of the second need no neighbours.
+@pytest.mark.parametrize('shape, grid, kernel_size', [
+    ((3, 128, 128, 1, 1), (2, 1, 1), (1, 2)), ((2, 16, 1024, 1, 1), (1, 2, 1), (1, 1)),
+    ((2, 43, 43, 3, 3), (1, 1, 1), (3, 3)), ((2, 127, 128, 1, 1), (1, 1, 2), (1, 1))])
+@pytest.mark.parametrize('rows_first', [False, True])
+@pytest.mark.parametrize('function', [ops.assemble_kernel, collected])
+def test_assembly_of_large_cells(shape, grid, kernel_size, rows_first, function):
+    torch.manual_seed(0)
+    alpha, cells = leaf(3, math.prod(grid), shape[0]), leaf(*shape)
+    check(function, reference.assemble_kernel, (alpha, by_rows(cells) if rows_first else cells),
+          grid, kernel_size)
+
+
+@settings(deadline=None, max_examples=60)
+@given(g=geometries(), width=st.integers(1, 20), rows_first=st.booleans(), given_out=st.booleans())
+def test_mixtures_fill_the_memory_they_are_given(g, width, rows_first, given_out):
+    torch.manual_seed(0)
+    alpha = torch.randn(g['batch'], math.prod(g['grid']), g['num_cells'])
+    cells = torch.randn(g['num_cells'], 6, *g['cell_shape'][1:])
+    outs = []
+
+    def make_out(shape):
+        outs.append(torch.full(shape, math.nan))
+        return outs[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assembly, 'MIN_BLOCKED_SIZE', 0)
+        patch.setattr(assembly, 'BLOCK_WIDTH', width)
+        mixtures = ops.mix_cells(alpha, by_rows(cells).detach() if rows_first else cells,
+                                 make_out if given_out else None)
+    expected = torch.einsum('bmn,noi...->bmoi...', alpha, cells)
+    torch.testing.assert_close(mixtures.flatten(2, 3), expected.flatten(4))
+    if given_out:
+        assert mixtures.untyped_storage().data_ptr() == outs[0].untyped_storage().data_ptr()
+
+
+@settings(deadline=None, max_examples=60)
+@given(geometries())
+def test_cutting_is_the_inverse_of_assembly(g):
+    torch.manual_seed(0)
+    num_mixtures = math.prod(g['grid'])
+    # One cell for each mixture, so that the mixtures are known.
+    cells = torch.randn(num_mixtures, *g['cell_shape'])
+    alpha = torch.eye(num_mixtures).expand(g['batch'], -1, -1)
+    kernel = ops.assemble_kernel(alpha, cells, g['grid'], g['kernel_size'])
+    pieces = ops.cut_kernel(kernel, g['grid'], g['cell_shape'])
+    expected = cells.flatten(3).expand(g['batch'], -1, -1, -1, -1).unflatten(1, g['grid'])
+    assert torch.equal(pieces, expected)
+    assert pieces.numel() == 0 or pieces.data_ptr() == kernel.data_ptr()
+
+
+def test_gradcheck_of_collected_cells():
+    torch.manual_seed(0)
+    assert torch.autograd.gradcheck(
+        lambda alpha, cells: collected(alpha, cells, (4, 1, 2), (2, 2)),
+        (leaf(2, 8, 3), leaf(3, 2, 1, 1, 1)))
+
+
+# Bases.
+
+@settings(deadline=None, max_examples=120)
+@given(g=geometries(), batch=st.sampled_from([0, 1, 3]), hidden=st.integers(1, 4),
+       scaled=st.booleans(), dead=st.sampled_from(['none', 'some', 'all']), blocked=st.booleans())
+def test_bases_give_the_kernels_of_the_attention(g, batch, hidden, scaled, dead, blocked):
+    torch.manual_seed(0)
+    grid, num_mixtures = g['grid'], math.prod(g['grid'])
+    weight, bias = leaf(num_mixtures, g['num_cells'] + 1, hidden), leaf(
+        num_mixtures, g['num_cells'] + 1)
+    cells = leaf(g['num_cells'], *g['cell_shape'])
+    scale = leaf(grid[1] * g['cell_shape'][0]) if scaled else None
+    # Before the ReLU; none of it is where that has no derivative.
+    before = leaf(batch, hidden).detach().abs() + 0.1
+    if dead != 'none':
+        before[torch.rand_like(before) < (0.5 if dead == 'some' else 2)] *= -1
+
+    def kernels(weight, bias, cells, before, scale):
+        logits = torch.einsum('mnh,bh->bmn', weight, before.relu()) + bias
+        bases = ops.contract_bases(weight[:, :-1], bias[:, :-1], cells, grid, scale)
+        blocks = ops.mix_bases(before.relu(), ops.logit_norms(logits), bases,
+                               ops.block_mixtures(grid, cells.shape[1:]))
+        rows = blocks.reshape(batch, grid[1] * cells.shape[1], math.prod(g['kernel_size']),
+                              grid[2] * cells.shape[2])
+        return rows.transpose(2, 3).unflatten(3, g['kernel_size'])
+
+    def literal(weight, bias, cells, before, scale):
+        logits = torch.einsum('mnh,bh->bmn', weight, before.relu()) + bias
+        zeros = logits.new_zeros(num_mixtures, g['num_cells'])
+        alpha = reference.mixing_weights(logits, zeros, logits.new_zeros(()))
+        kernel = reference.assemble_kernel(alpha, cells, grid, g['kernel_size'])
+        return kernel if scale is None else kernel * scale.view(-1, *(1,) * (kernel.dim() - 2))
+
+    with pytest.MonkeyPatch.context() as patch:
+        if blocked:
+            patch.setattr(assembly, 'MIN_BLOCKED_SIZE', 0)
+            patch.setattr(assembly, 'BLOCK_WIDTH', 1)
+        check(kernels, literal, (weight, bias, cells, before.requires_grad_(), scale))
+
+
+@pytest.mark.parametrize('batch', [0, 1, 3])
+@pytest.mark.parametrize('mixtures', [(0, 1, 2, 2, 1, 0), (2,)])
+@pytest.mark.filterwarnings('error')  # memory of another shape was resized, with a warning
+def test_mixed_bases_fill_the_memory_they_are_given(batch, mixtures):
+    torch.manual_seed(0)
+    mixtures = torch.tensor(mixtures)
+    hidden, norms = torch.rand(batch, 4), torch.rand(batch, 3) + 1
+    bases = torch.randn(len(mixtures), 5, 7)
+    expected = torch.einsum('bk,ukw->buw', torch.cat((hidden, torch.ones(batch, 1)), 1),
+                            bases) / norms[:, mixtures].unsqueeze(-1)
+    found = ops.mix_bases(hidden, norms, bases, mixtures,
+                          lambda shape: torch.full(shape, math.nan))
+    torch.testing.assert_close(found, expected)
+
+
+# Convolution.
+
+# Bounds in which each of the paths for several samples is taken, where its geometry allows it.
+BOUNDS = dict(im2col=dict(IM2COL_POSITIONS=10**9, GROUPED_POSITIONS=0),
+              sample_by_sample=dict(IM2COL_POSITIONS=0, GROUPED_POSITIONS=10**9),
+              grouped=dict(IM2COL_POSITIONS=0, GROUPED_POSITIONS=0))
+
+
+def position_major(kernel):
+    """The same kernels, stored position before input channel."""
+    return kernel.detach().movedim(2, -1).contiguous().movedim(-1, 2).requires_grad_()
+
+
+@pytest.mark.parametrize('bounds', BOUNDS)
+@settings(deadline=None, max_examples=60)
+@given(g=geometries(), reordered=st.booleans(), channels_last=st.booleans())
+def test_convolution(bounds, g, reordered, channels_last):
+    torch.manual_seed(0)
+    x = leaf(g['batch'], g['cell_shape'][1] * g['groups'], *g['size'])
+    kernel = leaf(g['batch'], 2 * g['groups'], g['cell_shape'][1], *g['kernel_size'])
+    bias = leaf(kernel.shape[1]) if g['bias'] else None
+    if reordered:
+        kernel = position_major(kernel)
+    if channels_last and x.dim() == 4:
+        x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in BOUNDS[bounds].items():
+            patch.setattr(convolution, name, value)
+        check(ops.dynamic_conv, reference.dynamic_conv, (x, kernel, bias), g['stride'],
+              g['padding'], g['dilation'], g['groups'])
+
+
+@settings(deadline=None, max_examples=40)
+@given(batch=st.sampled_from([1, 2, 3]), stride=st.integers(1, 3), reordered=st.booleans(),
+       channels_last=st.booleans(), padding=st.integers(0, 1))
+def test_pointwise_convolution(batch, stride, reordered, channels_last, padding):
+    torch.manual_seed(0)
+    x, kernel, bias = leaf(batch, 3, 5, 4), leaf(batch, 2, 3, 1, 1), leaf(2)
+    if reordered:
+        kernel = position_major(kernel)
+    if channels_last:
+        x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    check(ops.dynamic_conv, reference.dynamic_conv, (x, kernel, bias), (stride, 1),
+          (padding, padding), (1, 1), 1)
+
+
+@pytest.mark.parametrize('padding', ['same', 'valid'])
+@pytest.mark.parametrize('bounds', BOUNDS)
+@pytest.mark.parametrize('batch', [0, 1, 3])
+def test_padding_by_name(padding, bounds, batch, monkeypatch):
+    torch.manual_seed(0)
+    for name, value in BOUNDS[bounds].items():
+        monkeypatch.setattr(convolution, name, value)
+    for kernel_size, groups in (((3, 2), 1), ((1, 1), 1), ((1, 3), 3)):
+        check(ops.dynamic_conv, reference.dynamic_conv,
+              (leaf(batch, 6, 5, 6), leaf(batch, 3, 6 // groups, *kernel_size), leaf(3)),
+              (1, 1), padding, (1, 2), groups)
+
+
+def test_the_bounds_choose_different_paths(monkeypatch):
+    # Or the tests above would compare one path with the reference again and again.
+    x, kernel = torch.randn(2, 4, 6, 6), torch.randn(2, 4, 4, 3, 3)
+    geometry = (1, 1), (1, 1), (1, 1), 1
+    chosen = set()
+    for bounds in BOUNDS.values():
+        for name, value in bounds.items():
+            monkeypatch.setattr(convolution, name, value)
+        chosen.add(convolution.choose_path(x, kernel, *geometry))
+    chosen.add(convolution.choose_path(x[:1], kernel[:1], *geometry))
+    chosen.add(convolution.choose_path(x[:0], kernel[:0], *geometry))
+    chosen.add(convolution.choose_path(x, kernel[..., :1, :1], (1, 1), (0, 0), (1, 1), 1))
+    assert len(chosen) == 6
+
+
+@settings(deadline=None, max_examples=30)
+@given(g=geometries(), reordered=st.booleans())
+def test_one_sample(g, reordered):
+    assume(g['groups'] == 1)
+    torch.manual_seed(0)
+    x = leaf(1, g['cell_shape'][1], *g['size'])
+    kernel = leaf(1, 3, g['cell_shape'][1], *g['kernel_size'])
+    for positions in (0, 10**9):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(convolution, 'IM2COL_POSITIONS', positions)
+            check(ops.dynamic_conv, reference.dynamic_conv,
+                  (x, position_major(kernel) if reordered else kernel, leaf(3)), g['stride'],
+                  g['padding'], g['dilation'], 1)
