@@ -6,6 +6,8 @@ import threading
 import torch
 from torch import Tensor
 
+from ..ops.autocast import autocast_dtype
+
 
 class Workspace:
     """Scratch tensors for CPUs, one set for each thread, as large as the largest layer needs.
@@ -27,7 +29,7 @@ class Workspace:
             that are given a place for their result.
         """
         if (like.device.type != 'cpu' or torch.is_grad_enabled() or torch.compiler.is_compiling()
-                or torch.is_autocast_enabled('cpu')):
+                or autocast_dtype('cpu')):
             return None
         numel = torch.Size(shape).numel()
         key = slot, like.dtype

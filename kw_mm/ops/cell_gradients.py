@@ -14,11 +14,16 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
+from .autocast import autocast_dtype
 from .cell_storage import reads_by_rows, store_by_rows
 
 # What stands for cells in the graphs that are alive, by cells and dtype: only those that meet in
 # one graph are summed in one product.
 _collectors: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+# torch 2.1 has no such question.
+_transforms_are_active = getattr(torch._C, '_are_functorch_transforms_active', lambda: False)
 
 
 def collect_gradients(cells: Tensor) -> Tensor:
@@ -34,10 +39,9 @@ def collect_gradients(cells: Tensor) -> Tensor:
         function transform would not understand.
     """
     if not (cells.requires_grad and cells.is_leaf and torch.is_grad_enabled()) or (
-            torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+            torch.compiler.is_compiling() or _transforms_are_active()):
         return cells
-    kind = cells.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else cells.dtype
+    dtype = autocast_dtype(cells.device.type) or cells.dtype
     alive = _collectors.setdefault(cells, {})
     collector = alive[dtype]() if dtype in alive else None
     # Parameters are given other memory, for example by ``.to()``, or other values without becoming

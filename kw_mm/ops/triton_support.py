@@ -12,6 +12,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from .autocast import autocast_dtype
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # The first with fast bfloat16; what came before is not worth a path of its own.
@@ -59,8 +61,8 @@ def compute_dtype(**tensors: Tensor) -> torch.dtype:
     """
     dtypes = {t.dtype for t in tensors.values()}
     device_type = next(iter(tensors.values())).device.type
-    if torch.is_autocast_enabled(device_type):
-        autocast = torch.get_autocast_dtype(device_type)
+    autocast = autocast_dtype(device_type)
+    if autocast is not None:
         dtypes = {d if d == torch.float64 else autocast for d in dtypes}
     if len(dtypes) != 1 or not dtypes.issubset(DTYPES):
         raise ValueError(f'{", ".join(tensors)} must have one floating-point dtype, got '

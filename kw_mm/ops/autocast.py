@@ -1,0 +1,16 @@
+"""Autocast's state, whose functions got their present form in torch 2.4."""
+from __future__ import annotations
+
+import torch
+
+_ASKS_BY_DEVICE = torch.__version__ >= (2, 4)
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype of products under autocast on a kind of device; None where it is off."""
+    if _ASKS_BY_DEVICE:
+        is_on = torch.is_autocast_enabled(device_type)
+        return torch.get_autocast_dtype(device_type) if is_on else None
+    if device_type == 'cpu':
+        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
+    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
