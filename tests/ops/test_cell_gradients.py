@@ -95,6 +95,22 @@ def test_a_pass_for_other_gradients_leaves_nothing_behind():
     check(cells.grad, torch.autograd.grad(twin, cells)[0])
 
 
+def num_tensors():
+    gc.collect()
+    return sum(isinstance(found, torch.Tensor) for found in gc.get_objects())
+
+
+def test_a_pass_for_other_gradients_keeps_no_memory():
+    # Nobody comes for its factors: they would have piled up for as long as the graph lives.
+    cells, alphas = make_cells(), make_alphas()
+    total = loss(cells, alphas)
+    counts = []
+    for _ in range(3):
+        torch.autograd.grad(total, alphas, retain_graph=True)
+        counts.append(num_tensors())
+    assert counts[0] == counts[-1]
+
+
 def test_two_passes_over_one_graph():
     cells, alphas = make_cells(), make_alphas()
     total = loss(cells, alphas)
@@ -300,6 +316,37 @@ def test_a_change_of_dtype_while_a_graph_is_alive():
     torch.testing.assert_close(module.cells.grad, torch.autograd.grad(
         loss(module.cells, alphas, assemble_kernel), module.cells)[0])
     assert old.dtype == torch.float64
+
+
+@pytest.mark.parametrize('amp', [False, True])
+def test_new_memory_while_a_graph_is_alive(amp):
+    # As ``.to()`` gives it, and a swap of weights; the version of the parameter stays.
+    cells, alphas = make_cells(torch.float32), make_alphas(dtype=torch.float32)
+    with torch.autocast('cpu', torch.bfloat16, enabled=amp):
+        old = loss(cells, alphas)
+        cells.data = torch.randn_like(cells)
+        new, expected = loss(cells, alphas), loss(cells, alphas, assemble_kernel)
+    assert abs(new - old) > 0.1
+    torch.testing.assert_close(new, expected, rtol=0.02 if amp else 1e-5, atol=0)
+
+
+def test_an_optimizer_that_steps_in_the_backward_pass():
+    # Once for a step, with the whole gradient, and the next forward pass sees the new values.
+    cells, alphas = make_cells(), make_alphas()
+    steps = []
+
+    def step(parameter):
+        steps.append(parameter.grad)
+        parameter.grad = None
+        with torch.no_grad():
+            parameter.sub_(0.1 * steps[-1])
+
+    cells.register_post_accumulate_grad_hook(step)
+    for count in (1, 2):
+        expected, = torch.autograd.grad(loss(cells, alphas, assemble_kernel), cells)
+        loss(cells, alphas).backward()
+        assert len(steps) == count
+        check(steps[-1], expected)
 
 
 @pytest.mark.parametrize('amp', [False, True])
