@@ -91,10 +91,10 @@ def test_a_killed_run_resumes_to_the_bit(data, tmp_path):
     assert 'coco/segm_mAP' in output
 
 
-@pytest.mark.parametrize('config, kind, figure', [
-    (CONFIG, 'Mask R-CNN', 'mask AP (0.50:0.95)'),
-    (SEG_CONFIG, 'Semantic FPN', 'mean IoU')])
-def test_the_demo_trains_shows_and_is_not_repeated(config, kind, figure, tmp_path, capsys,
+@pytest.mark.parametrize('config, widths, kind, figure', [
+    (CONFIG, [8, 16, 32, 64], 'Mask R-CNN', 'mask AP (0.50:0.95)'),
+    (SEG_CONFIG, [8, 16, 32], 'Semantic FPN', 'mean IoU')])
+def test_the_demo_trains_shows_and_is_not_repeated(config, widths, kind, figure, tmp_path, capsys,
                                                    monkeypatch):
     monkeypatch.chdir(ROOT)
     spec = importlib.util.spec_from_file_location('demo', ROOT / 'tools' / 'demo.py')
@@ -103,7 +103,7 @@ def test_the_demo_trains_shows_and_is_not_repeated(config, kind, figure, tmp_pat
     small = tmp_path / 'small.py'
     small.write_text(f'_base_ = {str(config)!r}\n'
                      'model = dict(backbone=dict(base_channels=8), '
-                     'neck=dict(in_channels=[8, 16, 32, 64]))\n')
+                     f'neck=dict(in_channels={widths}))\n')
     args = ['--config', str(small), '--data', str(tmp_path / 'shapes'), '--num-train', '8',
             '--num-val', '2', '--work-dir', str(tmp_path / 'demo'), '--epochs', '1']
     demo.main(args)

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple, Union
 
@@ -180,31 +179,35 @@ class OptimizedConv(nn.Module):
     def kernel(self, x: Tensor) -> Tensor:
         """The kernels for an input ``(N, C_in, *spatial)``: ``(N, C_out, C_in / groups, *k)``,
         in memory position before input channel, still without ``output_scale``."""
-        if self.bases is None:
-            kernel = self._mix_cells(self.attention(x))
-        else:
-            hidden = self.attention.hidden(x)
-            norms = logit_norms(self.attention.logits(hidden)).to(hidden.dtype)
-            kernel = self._put_in_place(
-                mix_bases(hidden, norms, self.bases, self.mixtures, self._take('mixtures', x)))
-        out_channels, in_channels, *kernel_size = self.plan.spec.weight_shape
-        kernel = kernel.view(len(x), out_channels, math.prod(kernel_size), in_channels)
+        kernel = self._mix_cells(x) if self.bases is None else self._mix_bases(x)
         kernel = kernel.transpose(2, 3)
-        if in_channels == 1 or max(kernel_size) == 1:
+        if self.in_channels == self.groups or max(self.kernel_size) == 1:
             # Of one order only, which strides of lengths 1 must not hide.
             return kernel.reshape(len(x), *self.plan.spec.weight_shape)
-        return kernel.unflatten(3, kernel_size)
+        return kernel.unflatten(3, self.kernel_size)
 
-    def _mix_cells(self, alpha: Tensor) -> Tensor:
-        # (N, S, OG, IG, blocks, rows, c_in, k) to (N, OG, blocks, rows, S, k, IG, c_in)
+    def _mix_cells(self, x: Tensor) -> Tensor:
+        """Kernels ``(N, C_out, prod(k), C_in / groups)``, any strides."""
+        alpha = self.attention(x)
         mixtures = mix_cells(alpha, self.manager.cells(self.plan.warehouse),
                              self._take('mixtures', alpha))
+        # (N, S, OG, IG, blocks, rows, c_in, k) to (N, OG, blocks, rows, S, k, IG, c_in)
         mixtures = mixtures.unflatten(1, self.plan.grid).permute(0, 2, 4, 5, 1, 7, 3, 6)
-        if self.plan.grid[1] == mixtures.shape[3] == 1:
-            # One row of a kernel after the other, of all samples; nothing needs them closer.
-            return mixtures.flatten(1, 3).flatten(2)
-        return self._put_in_place(mixtures, None if self.scale is None else self.scale.view(
-            *mixtures.shape[1:4], 1, 1, 1, 1))
+        # With blocks of a row and one output group, one row of a kernel follows the other, of all
+        # samples, and nothing needs them closer.
+        if not self.plan.grid[1] == mixtures.shape[3] == 1:
+            mixtures = self._put_in_place(mixtures, None if self.scale is None else self.scale.view(
+                *mixtures.shape[1:4], 1, 1, 1, 1))
+        return mixtures.flatten(6).flatten(4, 5).flatten(1, 3)
+
+    def _mix_bases(self, x: Tensor) -> Tensor:
+        """Kernels as ``_mix_cells`` has them."""
+        hidden = self.attention.hidden(x)
+        norms = logit_norms(self.attention.logits(hidden)).to(hidden.dtype)
+        blocks = mix_bases(hidden, norms, self.bases, self.mixtures, self._take('mixtures', x))
+        # (N, C_out, prod(k), IG, c_in); with one input group likewise as they are.
+        blocks = blocks.unflatten(1, (self.out_channels, -1, self.plan.grid[2]))
+        return (blocks if self.plan.grid[2] == 1 else self._put_in_place(blocks)).flatten(3)
 
     def _put_in_place(self, mixtures: Tensor, scale: Tensor | None = None) -> Tensor:
         """The same numbers, contiguous and scaled in one go."""

@@ -47,7 +47,8 @@ def contract_bases(weight: Tensor, bias: Tensor, cells: Tensor, grid: Sequence[i
     if scale is not None:
         bases = bases * scale.view(grid[1], 1, -1, 1, 1)
     # (OG, c_out, S, k, IG, hidden + 1, c_in)
-    return bases.permute(2, 4, 1, 6, 3, 0, 5).reshape(-1, len(rows), cells.shape[2])
+    bases = bases.permute(2, 4, 1, 6, 3, 0, 5).reshape(-1, len(rows), cells.shape[2])
+    return bases.contiguous()
 
 
 def block_mixtures(grid: Sequence[int], cell_shape: Sequence[int]) -> Tensor:

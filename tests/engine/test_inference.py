@@ -19,6 +19,7 @@ from kw_mm.engine.local_training import use_shapes
 ROOT = Path(__file__).parents[2]
 CONFIGS = dict(det=ROOT / 'configs' / 'demo' / 'mask-rcnn_kw1x-r18_fpn_shapes.py',
                seg=ROOT / 'configs' / 'demo' / 'fpn_kw1x-r18_shapes.py')
+WIDTHS = dict(det=[8, 16, 32, 64], seg=[8, 16, 32])
 CLASSES = dict(det=SHAPE_CLASSES, seg=('background', *SHAPE_CLASSES))
 
 
@@ -39,7 +40,7 @@ def config(kind, data):
     cfg = Config.fromfile(path)
     cfg.merge_from_dict(use_shapes(str(data.root), path))
     cfg.merge_from_dict({
-        'model.backbone.base_channels': 8, 'model.neck.in_channels': [8, 16, 32, 64],
+        'model.backbone.base_channels': 8, 'model.neck.in_channels': WIDTHS[kind],
         'train_dataloader.batch_size': 2, 'train_cfg.max_epochs': 1})
     return cfg
 
@@ -109,15 +110,17 @@ def infer():
     return module.main
 
 
-OPTIONS = ['--device', 'cpu', '--cfg-options', 'model.backbone.base_channels=8',
-           'model.neck.in_channels=[8,16,32,64]']
+def options(kind):
+    widths = str(WIDTHS[kind]).replace(' ', '')
+    return ['--device', 'cpu', '--cfg-options', 'model.backbone.base_channels=8',
+            f'model.neck.in_channels={widths}']
 
 
 @pytest.mark.parametrize('kind, index', [('det', 2), ('seg', 1)])
 def test_the_tool_writes_pictures(data, trained, tmp_path, capsys, infer, kind, index):
     image = data.images('val') / '000001.jpg'
     infer([str(CONFIGS[kind]), str(trained[index]), str(image), '--out-dir', str(tmp_path),
-           *OPTIONS])
+           *options(kind)])
     assert capsys.readouterr().out.splitlines()[-1] == f'1 pictures in {tmp_path / "vis"}'
     assert [path.name for path in (tmp_path / 'vis').iterdir()] == ['000001.jpg']
 
@@ -136,7 +139,7 @@ def test_the_tool_reports_mistakes(trained, tmp_path, monkeypatch, capsys, infer
         Path(path).write_bytes(b'')
     images = [image] if isinstance(image, str) else image
     with pytest.raises(SystemExit) as exit_:
-        infer([str(CONFIGS['seg']), checkpoint or str(trained[1]), *images, *OPTIONS])
+        infer([str(CONFIGS['seg']), checkpoint or str(trained[1]), *images, *options('seg')])
     assert exit_.value.code == 2
     assert re.search(message, capsys.readouterr().err)
 

@@ -19,7 +19,7 @@ CONFIG = str(ROOT / 'configs' / 'demo' / 'fpn_kw1x-r18_shapes.py')
 def run(monkeypatch, tmp_path):
     """Runs a tool on a small data set and model, in this process."""
     data = write_shapes(tmp_path / 'shapes', num_train=32, num_val=4, size=64).root
-    options = ['model.backbone.base_channels=8', 'model.neck.in_channels=[8,16,32,64]',
+    options = ['model.backbone.base_channels=8', 'model.neck.in_channels=[8,16,32]',
                'default_hooks.logger.interval=1', 'train_dataloader.batch_size=16',
                *(f'{split}_dataloader.dataset.data_root={data}' for split in (
                    'train', 'val', 'test'))]

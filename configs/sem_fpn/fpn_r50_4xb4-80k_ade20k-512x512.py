@@ -1,0 +1,9 @@
+# The static baseline: that of 160k iterations, half as long.
+_base_ = 'fpn_r50_4xb4-160k_ade20k-512x512.py'
+
+max_iters = 80000
+train_cfg = dict(max_iters=max_iters, val_interval=max_iters // 10)
+param_scheduler = [
+    dict(type='PolyLR', eta_min=1e-4, power=0.9, begin=0, end=max_iters, by_epoch=False),
+]
+default_hooks = dict(checkpoint=dict(interval=max_iters // 10))
