@@ -434,6 +434,24 @@ def test_activation_checkpointing(use_reentrant, amp):
         torch.testing.assert_close(again[name], grad, rtol=0, atol=bound, msg=name)
 
 
+def test_checkpointed_layers_share_one_copy_of_the_cells():
+    # What checkpointing does not save was gone after each layer, and each had a copy of its own.
+    cells = nn.Parameter(torch.randn(5, 2, 256, 1, 1))
+    alphas, counts = make_alphas(dtype=torch.float32) * 2, []
+    kernels = []
+    for alpha, use in zip(alphas, USES * 2):
+        kernels.append(checkpoint(lambda alpha, use=use: collected(alpha, cells, *use), alpha,
+                                  use_reentrant=False))
+        gc.collect()
+        counts.append(sum(issubclass(type(t), torch.Tensor) and t.shape == cells.shape
+                          for t in gc.get_objects()))
+    assert counts[0] == counts[-1]
+    sum(kernel.sum() for kernel in kernels).backward()
+    expected, = torch.autograd.grad(sum(assemble_kernel(alpha, cells, *use).sum()
+                                        for alpha, use in zip(alphas, USES * 2)), cells)
+    torch.testing.assert_close(cells.grad, expected)
+
+
 def test_autocast_gives_gradients_in_the_parameters_dtype(monkeypatch):
     net, x = Net().eval(), torch.randn(3, 4, 5, 6)
     exact = copy.deepcopy(net).double()
