@@ -94,6 +94,9 @@ class _AssembleCollected(torch.autograd.Function):
     def forward(ctx: Any, alpha: Tensor, cells: Tensor, collector: Any, grid: Sequence[int],
                 kernel_size: Sequence[int]) -> Tensor:
         ctx.save_for_backward(alpha, cells)
+        # Activation checkpointing lets go of what is saved, and the next layer would find no
+        # collector and make one of its own, with a copy of all cells.
+        ctx.held = cells
         ctx.collector = collector
         ctx.grid = grid
         collector.num_rows += len(alpha) * alpha.shape[1]
@@ -103,6 +106,7 @@ class _AssembleCollected(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         alpha, cells = ctx.saved_tensors
+        ctx.held = None
         grad = leave_factors(ctx.collector, alpha.flatten(0, 1),
                              cut_kernel(grad, ctx.grid, cells.shape[1:]))
         if not ctx.needs_input_grad[0]:

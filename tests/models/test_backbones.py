@@ -86,13 +86,14 @@ def test_layers_behind_the_last_output_neither_run_nor_train(backbone):
 
 @EACH
 def test_checkpointing_recomputes_the_same(backbone):
-    model = build(backbone).eval()
-    twin = build(backbone, with_cp=True).eval()
-    x = torch.randn(2, 3, 64, 64)
+    model = build(backbone).eval().double()
+    twin = build(backbone, with_cp=True).eval().double()
+    x = torch.randn(2, 3, 64, 64).double()
     for each in (model, twin):
         sum(out.square().mean() for out in each(x)).backward()
     for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
-        assert torch.equal(a.grad, b.grad), name
+        # Gradients of cells are added up block by block instead of at once.
+        assert (a.grad - b.grad).norm() <= 1e-12 * a.grad.norm(), name
 
 
 @EACH

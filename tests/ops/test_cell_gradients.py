@@ -95,6 +95,22 @@ def test_a_pass_for_other_gradients_leaves_nothing_behind():
     check(cells.grad, torch.autograd.grad(twin, cells)[0])
 
 
+def num_tensors():
+    gc.collect()
+    return sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects())
+
+
+def test_a_pass_for_other_gradients_keeps_no_memory():
+    # Nobody comes for its factors: they would have piled up for as long as the graph lives.
+    cells, alphas = make_cells(), make_alphas()
+    total = loss(cells, alphas)
+    counts = []
+    for _ in range(3):
+        torch.autograd.grad(total, alphas, retain_graph=True)
+        counts.append(num_tensors())
+    assert counts[0] == counts[-1]
+
+
 def test_two_passes_over_one_graph():
     cells, alphas = make_cells(), make_alphas()
     total = loss(cells, alphas)
@@ -303,6 +319,37 @@ def test_a_change_of_dtype_while_a_graph_is_alive():
 
 
 @pytest.mark.parametrize('amp', [False, True])
+def test_new_memory_while_a_graph_is_alive(amp):
+    # As ``.to()`` gives it, and a swap of weights; the version of the parameter stays.
+    cells, alphas = make_cells(torch.float32), make_alphas(dtype=torch.float32)
+    with torch.autocast('cpu', torch.bfloat16, enabled=amp):
+        old = loss(cells, alphas)
+        cells.data = torch.randn_like(cells)
+        new, expected = loss(cells, alphas), loss(cells, alphas, assemble_kernel)
+    assert abs(new - old) > 0.1
+    torch.testing.assert_close(new, expected, rtol=0.02 if amp else 1e-5, atol=0)
+
+
+def test_an_optimizer_that_steps_in_the_backward_pass():
+    # Once for a step, with the whole gradient, and the next forward pass sees the new values.
+    cells, alphas = make_cells(), make_alphas()
+    steps = []
+
+    def step(parameter):
+        steps.append(parameter.grad)
+        parameter.grad = None
+        with torch.no_grad():
+            parameter.sub_(0.1 * steps[-1])
+
+    cells.register_post_accumulate_grad_hook(step)
+    for count in (1, 2):
+        expected, = torch.autograd.grad(loss(cells, alphas, assemble_kernel), cells)
+        loss(cells, alphas).backward()
+        assert len(steps) == count
+        check(steps[-1], expected)
+
+
+@pytest.mark.parametrize('amp', [False, True])
 def test_an_optimizer_s_step_while_a_graph_is_alive(amp):
     # A view of the parameter lost its grad_fn in the step, and the next forward pass raised;
     # under autocast the converted copy still had the old values.
@@ -385,6 +432,24 @@ def test_activation_checkpointing(use_reentrant, amp):
     for name, grad in plain.items():
         bound = (0.05 if amp else 1e-4) * grad.abs().max().item()
         torch.testing.assert_close(again[name], grad, rtol=0, atol=bound, msg=name)
+
+
+def test_checkpointed_layers_share_one_copy_of_the_cells():
+    # What checkpointing does not save was gone after each layer, and each had a copy of its own.
+    cells = nn.Parameter(torch.randn(5, 2, 256, 1, 1))
+    alphas, counts = make_alphas(dtype=torch.float32) * 2, []
+    kernels = []
+    for alpha, use in zip(alphas, USES * 2):
+        kernels.append(checkpoint(lambda alpha, use=use: collected(alpha, cells, *use), alpha,
+                                  use_reentrant=False))
+        gc.collect()
+        counts.append(sum(issubclass(type(t), torch.Tensor) and t.shape == cells.shape
+                          for t in gc.get_objects()))
+    assert counts[0] == counts[-1]
+    sum(kernel.sum() for kernel in kernels).backward()
+    expected, = torch.autograd.grad(sum(assemble_kernel(alpha, cells, *use).sum()
+                                        for alpha, use in zip(alphas, USES * 2)), cells)
+    torch.testing.assert_close(cells.grad, expected)
 
 
 def test_autocast_gives_gradients_in_the_parameters_dtype(monkeypatch):
