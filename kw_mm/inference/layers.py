@@ -189,7 +189,8 @@ class OptimizedConv(nn.Module):
     def _mix_cells(self, x: Tensor) -> Tensor:
         """Kernels ``(N, C_out, prod(k), C_in / groups)``, any strides."""
         alpha = self.attention(x)
-        mixtures = mix_cells(alpha, self.manager.cells(self.plan.warehouse),
+        fits = self.plan.grid[0] == self.plan.grid[2] == 1 and self.scale is None
+        mixtures = mix_cells(alpha, self.manager.cells(self.plan.warehouse), fits,
                              self._take('mixtures', alpha))
         # (N, S, OG, IG, blocks, rows, c_in, k) to (N, OG, blocks, rows, S, k, IG, c_in)
         mixtures = mixtures.unflatten(1, self.plan.grid).permute(0, 2, 4, 5, 1, 7, 3, 6)

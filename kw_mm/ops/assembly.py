@@ -10,13 +10,16 @@ from torch import Tensor
 
 from .backend import takes_triton
 from .cell_gradients import collector_of, leave_factors
-from .cell_storage import stored_by_rows
+from .cell_storage import MIN_CELLS, stored_by_rows
 
 # A product of few rows and a very wide matrix runs at a fraction of a CPU's rate. Cut into blocks
 # of at least so many columns it is a batch of products that stay in the cache, 2 to 4 times as
 # fast. Smaller cells are not worth it.
 BLOCK_WIDTH = 512
 MIN_BLOCKED_SIZE = 2**14
+# A kernel in blocks has to be copied into place. Where a single product is the kernel as it comes,
+# blocks pay as long as cells outnumber the product's rows by this.
+ROWS_TO_CELLS = 4
 # Columns summed over at a time by the gradient of the mixing weights, whose few results would
 # otherwise leave all threads but one idle.
 SUM_WIDTH = 2**14
@@ -57,32 +60,36 @@ def cut_kernel(kernel: Tensor, grid: Sequence[int], cell_shape: Sequence[int]) -
     return pieces.permute(0, 5, 1, 3, 2, 4, 6)
 
 
-def mix_cells(alpha: Tensor, cells: Tensor, make_out: Callable[..., Tensor | None] | None = None
-              ) -> Tensor:
+def mix_cells(alpha: Tensor, cells: Tensor, fits: bool = False,
+              make_out: Callable[..., Tensor | None] | None = None) -> Tensor:
     """Mixtures as they come, before they are put in place.
 
     Args:
         alpha: ``(N, m, n)``.
         cells: ``(n, c_out, c_in, *k)``.
+        fits: Whether mixtures one after the other, as a single product has them, are the kernel.
         make_out: Gives memory for a result of a shape, if it has any.
 
     Returns:
         ``(N, m, blocks, rows, c_in, prod(k))``, a view; the rows of all blocks are ``c_out``.
     """
     c_out, c_in = cells.shape[1:3]
-    rows = _rows_per_block(cells)
-    blocks = cells.reshape(len(cells), c_out // rows, -1).transpose(0, 1)
     alphas = alpha.flatten(0, 1)
+    rows = c_out if _takes_one_product(cells, len(alphas), fits) else _rows_per_block(cells)
+    blocks = cells.reshape(len(cells), c_out // rows, -1).transpose(0, 1)
     out = make_out and make_out((len(blocks), len(alphas), blocks.shape[2]))
     blocks = batch_product(alphas, blocks, out)
     return blocks.view(c_out // rows, *alpha.shape[:2], rows, c_in,
                        math.prod(cells.shape[3:])).permute(1, 2, 0, 3, 4, 5)
 
 
-def _assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int],
-              kernel_size: Sequence[int]) -> Tensor:
+def _assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Sequence[int],
+              by_rows: Tensor | None = None) -> Tensor:
+    fits = grid[0] == grid[2] == 1
+    if by_rows is not None and not _takes_one_product(cells, len(alpha) * alpha.shape[1], fits):
+        cells = by_rows
     # (N, S, OG, IG, blocks, rows, c_in, k); as in cut_kernel, (S, k) flattens to the kernel.
-    mixtures = mix_cells(alpha, cells).unflatten(1, grid)
+    mixtures = mix_cells(alpha, cells, fits).unflatten(1, grid)
     return mixtures.permute(0, 2, 4, 5, 3, 6, 1, 7).reshape(
         len(alpha), grid[1] * cells.shape[1], grid[2] * cells.shape[2], *kernel_size)
 
@@ -100,8 +107,7 @@ class _AssembleCollected(torch.autograd.Function):
         ctx.collector = collector
         ctx.grid = grid
         collector.num_rows += len(alpha) * alpha.shape[1]
-        rows = collector.rows  # read once, for another thread may drop it
-        return _assemble(alpha, cells if rows is None else rows, grid, kernel_size)
+        return _assemble(alpha, cells, grid, kernel_size, collector.rows)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:
@@ -132,11 +138,19 @@ def _sum_products(grads: Tensor, cells: Tensor) -> Tensor:
     return (grads @ cells.transpose(1, 2)).sum(0)
 
 
+def _takes_one_product(cells: Tensor, num_rows: int, fits: bool) -> bool:
+    """Whether blocks would not pay for a product of so many rows with cells."""
+    # On a GPU one product does; on the meta device it is the one that tools count.
+    if cells.device.type != 'cpu' or cells[0].numel() < MIN_BLOCKED_SIZE:
+        return True
+    if stored_by_rows(cells):
+        return False
+    # Writing mixtures then takes longer than reading cells, and a single product may fit.
+    return len(cells) < MIN_CELLS or (fits and len(cells) < ROWS_TO_CELLS * num_rows)
+
+
 def _rows_per_block(cells: Tensor) -> int:
     c_out, width = cells.shape[1], math.prod(cells.shape[2:])
-    # On a GPU one product does; on the meta device it is the one that tools count.
-    if cells.device.type != 'cpu' or c_out * width < MIN_BLOCKED_SIZE:
-        return c_out
     if stored_by_rows(cells):
         return 1
     return next(rows for rows in range(1, c_out + 1)

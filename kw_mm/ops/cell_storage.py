@@ -7,6 +7,8 @@ from torch import Tensor
 
 # Numbers in a row of a cell from which rows are blocks for a product by themselves.
 MIN_ROW = 256
+# Cells from which reading them is what a product of few rows spends its time on.
+MIN_CELLS = 32
 
 
 def reads_by_rows(cells: Tensor) -> bool:
@@ -15,7 +17,8 @@ def reads_by_rows(cells: Tensor) -> bool:
     It mixes them row by row, and one row of all cells is then one piece of memory. This is about
     the caches of CPUs.
     """
-    return cells.device.type == 'cpu' and math.prod(cells.shape[2:]) >= MIN_ROW
+    return (cells.device.type == 'cpu' and len(cells) >= MIN_CELLS
+            and math.prod(cells.shape[2:]) >= MIN_ROW)
 
 
 def store_by_rows(cells: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor
 # docs/performance.md. Up to the first the kernels outweigh the feature maps by so much that
 # bringing them into a convolution's own order costs more than im2col does.
 IM2COL_POSITIONS = 64
-# From here on the groups of a grouped convolution are large enough to keep it busy.
+# From here on a step of training is faster with one grouped convolution, which is spared the
+# copies of gradients that samples one by one have.
 GROUPED_POSITIONS = 1024
 
 
@@ -48,7 +49,7 @@ def choose_path(x: Tensor, kernel: Tensor, stride: Sequence[int], padding: Seque
         if x.dim() == 4 and not is_pointwise and positions <= IM2COL_POSITIONS and (
                 num_samples > 1 or not kernel.is_contiguous()):
             return _im2col
-        if num_samples > 1 and positions < GROUPED_POSITIONS:
+        if num_samples > 1 and (positions < GROUPED_POSITIONS or not kernel.requires_grad):
             return _sample_by_sample
     return _grouped if num_samples > 1 else _one
 

@@ -151,7 +151,7 @@ def test_channels_last(build, kind, x, before):
 
 def test_cells_that_are_stored_by_rows_stay_so():
     model = randomise(nn.Sequential(KWConv2d(256, 8, 1, kw_cfg=dict(
-        cell_num_ratio=8, cell_outplane_ratio=0.5)))).double()
+        cell_num_ratio=16, cell_outplane_ratio=0.5)))).double()
     twin, _ = optimised(model, 0)
     x = torch.randn(2, 256, 4, 4).double()
     exact = outputs(model, x)

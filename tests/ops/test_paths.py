@@ -33,6 +33,8 @@ def test_assembly_in_blocks(g, width, sum_width, rows_first, function):
     cells = leaf(g['num_cells'], 6, *g['cell_shape'][1:])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(assembly, 'MIN_BLOCKED_SIZE', 0)
+        patch.setattr(assembly, 'MIN_CELLS', 0)
+        patch.setattr(assembly, 'ROWS_TO_CELLS', 0)
         patch.setattr(assembly, 'BLOCK_WIDTH', width)
         patch.setattr(assembly, 'SUM_WIDTH', sum_width)
         check(function, reference.assemble_kernel, (alpha, by_rows(cells) if rows_first else cells),
@@ -66,9 +68,11 @@ def test_mixtures_fill_the_memory_they_are_given(g, width, rows_first, given_out
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(assembly, 'MIN_BLOCKED_SIZE', 0)
+        patch.setattr(assembly, 'MIN_CELLS', 0)
+        patch.setattr(assembly, 'ROWS_TO_CELLS', 0)
         patch.setattr(assembly, 'BLOCK_WIDTH', width)
         mixtures = ops.mix_cells(alpha, by_rows(cells).detach() if rows_first else cells,
-                                 make_out if given_out else None)
+                                 make_out=make_out if given_out else None)
     expected = torch.einsum('bmn,noi...->bmoi...', alpha, cells)
     torch.testing.assert_close(mixtures.flatten(2, 3), expected.flatten(4))
     if given_out:
@@ -133,6 +137,8 @@ def test_bases_give_the_kernels_of_the_attention(g, batch, hidden, scaled, dead,
     with pytest.MonkeyPatch.context() as patch:
         if blocked:
             patch.setattr(assembly, 'MIN_BLOCKED_SIZE', 0)
+            patch.setattr(assembly, 'MIN_CELLS', 0)
+            patch.setattr(assembly, 'ROWS_TO_CELLS', 0)
             patch.setattr(assembly, 'BLOCK_WIDTH', 1)
         check(kernels, literal, (weight, bias, cells, before.requires_grad_(), scale))
 
@@ -213,13 +219,15 @@ def test_padding_by_name(padding, bounds, batch, monkeypatch):
 
 def test_the_bounds_choose_different_paths(monkeypatch):
     # Or the tests above would compare one path with the reference again and again.
-    x, kernel = torch.randn(2, 4, 6, 6), torch.randn(2, 4, 4, 3, 3)
+    x, kernel = torch.randn(2, 4, 6, 6), torch.randn(2, 4, 4, 3, 3, requires_grad=True)
     geometry = (1, 1), (1, 1), (1, 1), 1
     chosen = set()
     for bounds in BOUNDS.values():
         for name, value in bounds.items():
             monkeypatch.setattr(convolution, name, value)
         chosen.add(convolution.choose_path(x, kernel, *geometry))
+        # Without a gradient the grouped convolution has no use.
+        assert convolution.choose_path(x, kernel.detach(), *geometry) is not convolution._grouped
     chosen.add(convolution.choose_path(x[:1], kernel[:1], *geometry))
     chosen.add(convolution.choose_path(x[:0], kernel[:0], *geometry))
     chosen.add(convolution.choose_path(x, kernel[..., :1, :1], (1, 1), (0, 0), (1, 1), 1))
