@@ -99,9 +99,11 @@ def _complexity(module: nn.Module, part: str,
     attention = assembly = 0
     for path, layer in module.named_modules():
         if isinstance(layer, (KWConv1d, KWConv2d, KWConv3d)):
-            attention += sum(ops(path, 'attention').values())
-            # The one plain product outside the attention: of mixing weights and cells.
-            assembly += ops(path).get('aten.mm', 0) - ops(path, 'attention').get('aten.mm', 0)
+            counted = sum(ops(path, 'attention').values())
+            attention += counted
+            # However the product of mixing weights and cells is cut: once for each sample.
+            num_samples = counted // _attention_flops(layer)
+            assembly += num_samples * layer.plan.num_mixtures * layer.cells.numel()
     return Complexity(
         parameters=_num_parameters([module]),
         cell_parameters=_num_parameters(
@@ -112,6 +114,14 @@ def _complexity(module: nn.Module, part: str,
         flops=sum((ops() if part else counts['Global']).values()),
         attention_flops=attention,
         assembly_flops=assembly)
+
+
+def _attention_flops(layer: nn.Module) -> int:
+    """Of one sample."""
+    attention = layer.attention
+    through_basis = 0 if attention.fc3 is None else (
+        layer.plan.num_mixtures * attention.fc3.weight.numel())
+    return attention.fc1.weight.numel() + attention.fc2.weight.numel() + through_basis
 
 
 def _num_parameters(modules: Iterable[nn.Module]) -> int:

@@ -8,6 +8,8 @@ _ASKS_BY_DEVICE = torch.__version__ >= (2, 4)
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype of products under autocast on a kind of device; None where it is off."""
+    if device_type == 'meta':
+        return None
     if _ASKS_BY_DEVICE:
         is_on = torch.is_autocast_enabled(device_type)
         return torch.get_autocast_dtype(device_type) if is_on else None
