@@ -47,3 +47,10 @@ def test_mixed_precision_keeps_the_state_in_single():
     assert out.dtype == torch.bfloat16
     out.float().sum().backward()
     assert {p.grad.dtype for p in model[0].parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize('name', [n for n in CONFIGS if n.startswith('demo/')])
+def test_a_demo_that_is_interrupted_loses_an_epoch_at_most(name):
+    # The segmentor's had no interval, which is none but the end: killed, it began anew.
+    hook = read_config(name).default_hooks.checkpoint
+    assert hook.type == 'CheckpointHook' and hook.interval == 1 and hook.get('by_epoch', True)
