@@ -39,8 +39,6 @@ def contract_bases(weight: Tensor, bias: Tensor, cells: Tensor, grid: Sequence[i
         kernel in the order (output channel, position, input channel); ``block_mixtures`` tells
         whose they are.
     """
-    num_positions, num_out_groups, num_in_groups = grid
-    c_out, c_in, *cell_kernel = cells.shape[1:]
     rows = torch.cat((weight, bias.unsqueeze(-1)), -1).permute(2, 0, 1)
     # (hidden + 1, S, OG, IG, c_out, c_in, k); either S or k is 1.
     bases = mix_cells(rows, cells).flatten(2, 3).unflatten(1, grid)
