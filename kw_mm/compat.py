@@ -1,7 +1,9 @@
 """Quirks of the packages below us, each with its reason; ``apply`` runs once, at import."""
 from __future__ import annotations
 
+import atexit
 import functools
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -88,9 +90,20 @@ def patch_pytorch_launcher() -> None:
         else:
             backend = 'gloo' if backend in _ACCELERATOR_BACKENDS else backend
             torch.distributed.init_process_group(backend=backend, **kwargs)
+            atexit.register(_leave_process_group)
 
     init_dist.starts_on_cpu = True
     dist_utils._init_dist_pytorch = init_dist
+
+
+# A thread of gloo that lets go of a tensor while the interpreter ends aborts the process:
+# "terminate called without an active exception". The threads end with the group, and that when
+# no model holds it any more; runners are in reference cycles.
+
+def _leave_process_group() -> None:
+    if torch.distributed.is_initialized():
+        gc.collect()
+        torch.distributed.destroy_process_group()
 
 
 def prepare_cpu_ddp_(cfg: Config) -> None:
