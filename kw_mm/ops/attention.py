@@ -14,7 +14,9 @@ from .reference import EPS
 
 def mean_positions(x: Tensor) -> Tensor:
     """Averages ``(N, C, *spatial)`` over positions; see ``reference``."""
-    return _MeanPositions.apply(x)
+    if x.requires_grad and torch.is_grad_enabled():
+        return _MeanPositions.apply(x)
+    return x.mean(tuple(range(2, x.dim())))
 
 
 class _MeanPositions(torch.autograd.Function):
