@@ -25,13 +25,7 @@ def dynamic_conv(x: Tensor, kernel: Tensor, bias: Tensor | None, stride: Sequenc
     last feature maps want them.
     """
     path = choose_path(x, kernel, stride, padding, dilation, groups)
-    if path in (_one, _none):
-        return path(x, kernel, bias, stride, padding, dilation, groups)
-    y = path(x, kernel, stride, padding, dilation, groups)
-    if bias is None:
-        return y
-    # Under autocast the products are in half precision, and so is a convolution with its bias.
-    return y.add_(bias.to(y.dtype).view(-1, *(1,) * (kernel.dim() - 3)))
+    return path(x, kernel, bias, stride, padding, dilation, groups)
 
 
 def choose_path(x: Tensor, kernel: Tensor, stride: Sequence[int], padding: Sequence[int] | str,
@@ -65,14 +59,15 @@ def _one(x: Tensor, kernel: Tensor, bias: Tensor | None, *args: object) -> Tenso
     return _conv(x)(x, _laid_out_for(x, kernel)[0], bias, *args)
 
 
-def _pointwise(x: Tensor, kernel: Tensor, stride: Sequence[int], *_: object) -> Tensor:
+def _pointwise(x: Tensor, kernel: Tensor, bias: Tensor | None, stride: Sequence[int],
+               *_: object) -> Tensor:
     """1x1 kernels: one batched matrix product."""
     x = x[(..., *(slice(None, None, step) for step in stride))]
-    return (kernel.flatten(2) @ x.flatten(2)).unflatten(2, x.shape[2:])
+    return _product(kernel, x.flatten(2), bias).unflatten(2, x.shape[2:])
 
 
-def _im2col(x: Tensor, kernel: Tensor, stride: Sequence[int], padding: Sequence[int],
-            dilation: Sequence[int], _: int) -> Tensor:
+def _im2col(x: Tensor, kernel: Tensor, bias: Tensor | None, stride: Sequence[int],
+            padding: Sequence[int], dilation: Sequence[int], _: int) -> Tensor:
     """2-d, no groups: one batched matrix product with what each position sees."""
     size = _output_size(x.shape[2:], kernel.shape[3:], stride, padding, dilation)
     columns = F.unfold(x, kernel.shape[3:], dilation, padding, stride)
@@ -80,20 +75,28 @@ def _im2col(x: Tensor, kernel: Tensor, stride: Sequence[int], padding: Sequence[
         # Sooner the columns than the kernels, which are larger.
         columns = columns.unflatten(1, (kernel.shape[2], -1)).transpose(1, 2).flatten(1, 2)
         kernel = kernel.flatten(3).transpose(2, 3)
-    return (kernel.flatten(2) @ columns).unflatten(2, size)
+    return _product(kernel, columns, bias).unflatten(2, size)
 
 
-def _sample_by_sample(x: Tensor, kernel: Tensor, *args: object) -> Tensor:
+def _product(kernel: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
+    y = kernel.flatten(2) @ columns
+    # Before anything is a view of it, which would have the gradient copied. Under autocast it is
+    # in half precision.
+    return y if bias is None else y.add_(bias.to(y.dtype).unsqueeze(1))
+
+
+def _sample_by_sample(x: Tensor, kernel: Tensor, bias: Tensor | None, *args: object) -> Tensor:
     """One convolution after the other."""
     conv = _conv(x)
-    return torch.cat([conv(sample, weight, None, *args) for sample, weight in zip(
-        x.split(1), _laid_out_for(x, kernel).unbind())])
+    return torch.cat([conv(sample, _laid_out_for(x, weight), bias, *args)
+                      for sample, weight in zip(x.split(1), kernel.unbind())])
 
 
-def _grouped(x: Tensor, kernel: Tensor, stride: Sequence[int], padding: Sequence[int] | str,
-             dilation: Sequence[int], groups: int) -> Tensor:
+def _grouped(x: Tensor, kernel: Tensor, bias: Tensor | None, stride: Sequence[int],
+             padding: Sequence[int] | str, dilation: Sequence[int], groups: int) -> Tensor:
     """Any geometry: the batch as ``N * groups`` groups of one convolution."""
-    y = _conv(x)(x.reshape(1, -1, *x.shape[2:]), _laid_out_for(x, kernel).flatten(0, 1), None,
+    bias = None if bias is None else bias.repeat(len(kernel))
+    y = _conv(x)(x.reshape(1, -1, *x.shape[2:]), _laid_out_for(x, kernel).flatten(0, 1), bias,
                  stride, padding, dilation, len(kernel) * groups)
     return y.view(*kernel.shape[:2], *y.shape[2:])
 
