@@ -57,7 +57,7 @@ clean:  ## remove what builds and tests left (not .venv, data, work_dirs)
 	find kw_mm tests tools configs -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean  ## clean, and remove .venv
-	rm -rf $(VENV) kw_mm/.mim
+	rm -rf $(VENV) kw_mm/.mim kw_mm/ops/*.so
 
 # A .venv that is there is kept if its python and pip work.
 $(STEPS)/venv:
@@ -93,7 +93,8 @@ $(STEPS)/packages: $(STEPS)/mmcv
 	@$(PIP) install -r requirements.txt
 	@touch $@
 
-$(STEPS)/kw_mm: $(STEPS)/packages setup.py pyproject.toml kw_mm/versions.py
+$(STEPS)/kw_mm: $(STEPS)/packages setup.py pyproject.toml kw_mm/versions.py \
+		kw_mm/ops/cpu_products.cpp
 	@echo '== 4/5 kw_mm, editable'
 	@$(PIP) install --no-build-isolation --no-deps -e .
 	@touch $@

@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 import os
+import platform
 import runpy
 import shutil
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
@@ -45,6 +46,20 @@ class BuildPy(build_py):
     def run(self) -> None:
         link_mim_files()
         super().run()
+
+
+def cpu_products() -> list[Extension]:
+    """One file for each instruction set, of which the package loads what the machine takes.
+
+    Without a compiler, or with one that does not know these options, torch's own products serve.
+    """
+    if platform.machine() != 'x86_64':
+        return []
+    options = dict(avx2=['-mavx2', '-mfma'], avx512=['-mavx512f', '-mfma'])
+    return [Extension(f'kw_mm.ops._cpu_products_{name}', ['kw_mm/ops/cpu_products.cpp'],
+                      extra_compile_args=['-O3', '-std=c++14', '-fopenmp', *flags],
+                      extra_link_args=['-fopenmp'], optional=True)
+            for name, flags in options.items()]
 
 
 def readme() -> str:
@@ -87,6 +102,7 @@ setup(
         ],
     },
     cmdclass={'build_py': BuildPy},
+    ext_modules=cpu_products(),
     python_requires=VERSIONS['REQUIRES_PYTHON'],
     install_requires=[*ranged('torch'), 'numpy', 'packaging'],
     extras_require={

@@ -65,7 +65,8 @@ def test_good_environment_has_no_findings() -> None:
     run = Run()
     assert check(run=run, pins=PINS) == []
     assert any('nms' in code for code in run.codes)
-    assert run.codes[-1] == 'import kw_mm'
+    assert run.codes[-2] == 'import kw_mm'
+    assert 'cpu_products' in run.codes[-1]
 
 
 def test_finding_says_what_why_and_how() -> None:
@@ -165,6 +166,17 @@ def test_import_that_fails() -> None:
     assert finding.error
     assert 'mmseg' in finding.what
     assert 'MMCV==2.2.0' in finding.what
+
+
+def test_missing_products_are_a_note() -> None:
+    finding = the_only(check(run=Run(cpu_products='AssertionError: there are none for AVX2')))
+    assert not finding.error
+    assert 'there are none for AVX2' in finding.what
+    assert 'C++ compiler' in finding.fix
+    # There are none where there is no kw_mm, or one that cannot be imported.
+    run = Run(cpu_products='none')
+    assert check({'kw_mm': None}, run=run) == []
+    assert len(check(run=Run(kw_mm='ImportError: no'))) == 1
 
 
 def test_one_cause_is_told_once() -> None:

@@ -19,6 +19,8 @@ from ..ops import (
     mean_positions,
     mix_bases,
     mix_cells,
+    mix_in_place,
+    mixes_in_place,
     mixing_weights,
 )
 from .workspace import Workspace
@@ -130,12 +132,8 @@ class OptimizedConv(nn.Module):
             bias = (shift if bias is None else shift + bias * scale).to(dtype)
             scale = scale.to(dtype)
         bias = None if bias is None else bias.detach().clone()
-        # Kernels that need no copy are not touched for their scale either.
-        scales_output = scale is not None and not use_bases and self.plan.grid[1] == 1
-        self.register_buffer('scale', None if scales_output else scale)
-        self.register_buffer('bias', None if scales_output else bias)
-        self.register_buffer('output_scale', _per_channel(scale, self) if scales_output else None)
-        self.register_buffer('output_shift', _per_channel(bias, self) if scales_output else None)
+        self.register_buffer('scale', scale)
+        self.register_buffer('bias', bias)
         self.register_buffer('bases', self._contract() if use_bases else None)
         self.register_buffer('mixtures', block_mixtures(
             self.plan.grid, self.plan.cell_shape).to(conv.cells.device) if use_bases else None,
@@ -170,15 +168,11 @@ class OptimizedConv(nn.Module):
         Raises:
             ValueError: If ``x`` has no batch dimension or another number of channels.
         """
-        y = convolve(self, x, self.kernel)
-        if self.output_scale is None:
-            return y
-        # Under autocast y is in half precision, and so is what follows from it.
-        return torch.addcmul(self.output_shift, y, self.output_scale).to(y.dtype)
+        return convolve(self, x, self.kernel)
 
     def kernel(self, x: Tensor) -> Tensor:
         """The kernels for an input ``(N, C_in, *spatial)``: ``(N, C_out, C_in / groups, *k)``,
-        in memory position before input channel, still without ``output_scale``."""
+        in memory position before input channel."""
         kernel = self._mix_cells(x) if self.bases is None else self._mix_bases(x)
         kernel = kernel.transpose(2, 3)
         if self.in_channels == self.groups or max(self.kernel_size) == 1:
@@ -188,15 +182,17 @@ class OptimizedConv(nn.Module):
 
     def _mix_cells(self, x: Tensor) -> Tensor:
         """Kernels ``(N, C_out, prod(k), C_in / groups)``, any strides."""
-        alpha = self.attention(x)
+        alpha, cells = self.attention(x), self.manager.cells(self.plan.warehouse)
+        if mixes_in_place(alpha, cells, self.plan.grid):
+            return mix_in_place(alpha, cells, self.plan.grid, self._take('kernels', alpha),
+                                self.scale)
         fits = self.plan.grid[0] == self.plan.grid[2] == 1 and self.scale is None
-        mixtures = mix_cells(alpha, self.manager.cells(self.plan.warehouse), fits,
-                             self._take('mixtures', alpha))
+        mixtures = mix_cells(alpha, cells, fits, self._take('mixtures', alpha))
         # (N, S, OG, IG, blocks, rows, c_in, k) to (N, OG, blocks, rows, S, k, IG, c_in)
         mixtures = mixtures.unflatten(1, self.plan.grid).permute(0, 2, 4, 5, 1, 7, 3, 6)
         # With blocks of a row and one output group, one row of a kernel follows the other, of all
         # samples, and nothing needs them closer.
-        if not self.plan.grid[1] == mixtures.shape[3] == 1:
+        if self.scale is not None or not self.plan.grid[1] == mixtures.shape[3] == 1:
             mixtures = self._put_in_place(mixtures, None if self.scale is None else self.scale.view(
                 *mixtures.shape[1:4], 1, 1, 1, 1))
         return mixtures.flatten(6).flatten(4, 5).flatten(1, 3)
@@ -238,7 +234,3 @@ class OptimizedConv(nn.Module):
                 f'm={self.plan.num_mixtures}, '
                 + (f'n={self.plan.num_cells}' if self.bases is None else
                    f'bases={self.num_bases}'))
-
-
-def _per_channel(values: Tensor, conv: OptimizedConv) -> Tensor:
-    return values.view(-1, *(1,) * conv.num_dims)

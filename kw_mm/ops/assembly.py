@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import takes_triton
+from .backend import takes_cpu_products, takes_triton
 from .cell_gradients import collector_of, leave_factors
 from .cell_storage import MIN_CELLS, stored_by_rows
+from .cpu_products import MIN_WIDTH, mix_blocks, sum_products
 
 # A product of few rows and a very wide matrix runs at a fraction of a CPU's rate. Cut into blocks
 # of at least so many columns it is a batch of products that stay in the cache, 2 to 4 times as
@@ -83,8 +84,57 @@ def mix_cells(alpha: Tensor, cells: Tensor, fits: bool = False,
                        math.prod(cells.shape[3:])).permute(1, 2, 0, 3, 4, 5)
 
 
+def mix_in_place(alpha: Tensor, cells: Tensor, grid: Sequence[int],
+                 make_out: Callable[..., Tensor | None] | None = None,
+                 scale: Tensor | None = None) -> Tensor:
+    """Mixtures of cells written where the kernel has them, for what ``mixes_in_place`` accepts.
+
+    Args:
+        alpha: ``(N, m, n)``.
+        cells: ``(n, c_out, c_in, *k)``.
+        grid: ``(S, OG, IG)``, positions and groups of cells that tile the kernel.
+        make_out: Gives memory for a result of a shape, if it has any.
+        scale: Factors of the kernel's output channels, ``(OG * c_out,)``, or None for 1.
+
+    Returns:
+        ``(N, OG * c_out, prod(k), IG * c_in)`` with k the kernel's; a view. Where several cells
+        are its positions, it is contiguous.
+    """
+    c_out, c_in = cells.shape[1:3]
+    positions = math.prod(cells.shape[3:])
+    num_samples, (num_positions, num_out_groups, num_in_groups) = len(alpha), grid
+    shape = (num_samples, num_out_groups, c_out, num_positions, num_in_groups, c_in * positions)
+    out = make_out and make_out(shape)
+    out = alpha.new_empty(shape) if out is None else out
+    # (c_out, N, S, OG, IG, width), in the order of alpha but for the rows of a cell.
+    places, blocks, scales = out.permute(2, 0, 3, 1, 4, 5), cells.flatten(2).transpose(0, 1), None
+    if scale is not None:
+        scales = scale.view(1, 1, num_out_groups, c_out, 1).permute(3, 0, 1, 2, 4).expand(
+            places.shape[:-1])
+    elif num_positions == num_in_groups == 1 and not stored_by_rows(cells):
+        places, blocks = out.flatten(2).unsqueeze(0), cells.flatten(1).unsqueeze(0)
+    mix_blocks(alpha.flatten(0, 1), blocks, places, scales=scales)
+    if positions == 1:
+        return out.view(num_samples, num_out_groups * c_out, num_positions, num_in_groups * c_in)
+    return out.view(num_samples, num_out_groups * c_out, num_in_groups * c_in,
+                    positions).transpose(2, 3)
+
+
+def mixes_in_place(alpha: Tensor, cells: Tensor, grid: Sequence[int]) -> bool:
+    """Whether ``mix_in_place`` is the way for such tensors."""
+    # Of few cells it takes longest to write mixtures, whose positions may have to be moved again.
+    is_short = grid[0] > 1 and len(cells) < MIN_CELLS
+    return (cells[0, 0].numel() >= MIN_WIDTH and not is_short
+            and takes_cpu_products(alpha, cells))
+
+
 def _assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Sequence[int],
               by_rows: Tensor | None = None) -> Tensor:
+    if mixes_in_place(alpha, cells, grid):
+        kernel = mix_in_place(alpha, cells, grid).transpose(2, 3)
+        shape = *kernel.shape[:3], *kernel_size
+        # Of one order only, which strides of lengths 1 must not hide.
+        return kernel.reshape(shape) if 1 in kernel.shape[2:] else kernel.unflatten(3, kernel_size)
     fits = grid[0] == grid[2] == 1
     if by_rows is not None and not _takes_one_product(cells, len(alpha) * alpha.shape[1], fits):
         cells = by_rows
@@ -130,6 +180,8 @@ def batch_product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Ten
 
 def _sum_products(grads: Tensor, cells: Tensor) -> Tensor:
     """``grads @ cells.T``, few results of very long sums: ``(R, D)`` and cells to ``(R, n)``."""
+    if takes_cpu_products(grads, cells):
+        return sum_products(grads, cells.flatten(1))
     if grads.device.type != 'cpu' or grads.shape[1] % SUM_WIDTH:
         return grads @ cells.flatten(1).T
     num_parts = grads.shape[1] // SUM_WIDTH

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .assembly import batch_product, mix_cells
+from .backend import takes_cpu_products
+from .cpu_products import mix_blocks
 
 
 def contract_bases(weight: Tensor, bias: Tensor, cells: Tensor, grid: Sequence[int],
@@ -74,6 +76,15 @@ def mix_bases(hidden: Tensor, norms: Tensor, bases: Tensor, mixtures: Tensor,
     """
     hidden = torch.cat((hidden, hidden.new_ones(len(hidden), 1)), 1)
     scales = (1 / norms)[:, mixtures]
+    if takes_cpu_products(hidden, scales, bases):
+        shape = len(hidden), len(bases), bases.shape[2]
+        out = make_out and make_out(shape)
+        out = bases.new_empty(shape) if out is None else out
+        # Of one sample the bases of active units alone are read.
+        active = hidden[0].nonzero().squeeze(1) if len(hidden) == 1 else None
+        mix_blocks((hidden if active is None else hidden[:, active]).expand(
+            len(bases), -1, -1), bases, out.transpose(0, 1), active, scales.T)
+        return out
     # How many units are active is nothing that a compiler knows.
     if len(hidden) == 1 and bases.device.type == 'cpu' and not torch.compiler.is_compiling():
         return _sum_active(hidden[0], scales[0], bases).unsqueeze(0)

@@ -15,15 +15,16 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from .autocast import autocast_dtype
+from .backend import is_transformed, takes_cpu_products
 from .cell_storage import reads_by_rows, store_by_rows
+from .cpu_products import large_empty, mix_blocks
+
+# Numbers between the rows of gathered gradients.
+ROW_GAP = 64
 
 # What stands for cells in the graphs that are alive, by cells and dtype: only those that meet in
 # one graph are summed in one product.
 _collectors: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-# torch 2.1 has no such question.
-_transforms_are_active = getattr(torch._C, '_are_functorch_transforms_active', lambda: False)
 
 
 def collect_gradients(cells: Tensor) -> Tensor:
@@ -38,8 +39,7 @@ def collect_gradients(cells: Tensor) -> Tensor:
         The same values; ``cells`` itself where no gradient is asked for, or where a compiler or a
         function transform would not understand.
     """
-    if not (cells.requires_grad and cells.is_leaf and torch.is_grad_enabled()) or (
-            torch.compiler.is_compiling() or _transforms_are_active()):
+    if not (cells.requires_grad and cells.is_leaf and torch.is_grad_enabled()) or is_transformed():
         return cells
     dtype = autocast_dtype(cells.device.type) or cells.dtype
     alive = _collectors.setdefault(cells, {})
@@ -64,8 +64,9 @@ class CellGradients(torch.autograd.Function):
         ctx.num_rows = 0  # of all uses so far
         # By backward pass: one that failed has left something behind.
         ctx.waiting = {}
-        # Worth a copy for so many uses. The backward pass has none for it.
-        ctx.rows = store_by_rows(cells) if reads_by_rows(cells) else None
+        # Worth a copy for so many uses of torch's products. The backward pass has none for it.
+        copies = reads_by_rows(cells) and not takes_cpu_products(cells)
+        ctx.rows = store_by_rows(cells) if copies else None
         # Not a view, whose grad_fn an optimizer's step would take away.
         return cells.detach()
 
@@ -94,7 +95,11 @@ class _Chunk:
         return self.space[start:self.num_rows]
 
     def product(self) -> Tensor:
-        return torch.cat(self.alphas).T @ self.space[:self.num_rows]
+        alphas, grads = torch.cat(self.alphas).T, self.space[:self.num_rows]
+        if not takes_cpu_products(alphas, grads):
+            return alphas @ grads
+        out = large_empty((len(alphas), grads.shape[1]), grads)
+        return mix_blocks(alphas, grads.unsqueeze(0), out.unsqueeze(0)).squeeze(0)
 
 
 def collector_of(cells: Tensor) -> Any:
@@ -116,7 +121,7 @@ def leave_factors(collector: Any, alpha: Tensor, grads: Tensor) -> Tensor:
         grads: R times as many numbers as a cell has, in the order of R's rows. Any strides.
 
     Returns:
-        ``grads`` as ``(R, D)``, contiguous.
+        ``grads`` as ``(R, D)``, each row contiguous.
     """
     collector.rows = None
     size = math.prod(collector.shape[1:])
@@ -129,7 +134,9 @@ def leave_factors(collector: Any, alpha: Tensor, grads: Tensor) -> Tensor:
         chunks.append(_Chunk(grads.reshape(len(alpha), size)))
         return chunks[-1].take(alpha)
     if not chunks or len(chunks[-1].space) - chunks[-1].num_rows < len(alpha):
-        chunks.append(_Chunk(grads.new_empty(max(collector.num_rows, len(alpha)), size)))
+        rows = max(collector.num_rows, len(alpha))
+        # Rows a power of two apart would all be after the same few places of a cache.
+        chunks.append(_Chunk(large_empty((rows, size + ROW_GAP), grads)[:, :size]))
     place = chunks[-1].take(alpha)
     place.view(grads.shape).copy_(grads)
     return place

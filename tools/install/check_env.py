@@ -37,6 +37,14 @@ NMS_ON_CPU = NMS.replace('DEVICE', "'cpu'")
 NMS_ON_GPU = 'import torch\nif torch.cuda.is_available():' + NMS.replace(
     'DEVICE', "'cuda'").replace('\n', '\n    ')
 
+# Where there is no such file for a CPU there is nothing to miss.
+CPU_PRODUCTS = """
+import torch
+from kw_mm.ops.cpu_products import INSTRUCTION_SETS, instruction_set
+capability = torch.backends.cpu.get_cpu_capability()
+assert instruction_set() or capability not in INSTRUCTION_SETS, f'there are none for {capability}'
+"""
+
 # Returns None if the code runs in a fresh interpreter, else how it failed.
 Run = Callable[[str], 'str | None']
 Versions = Mapping[str, 'str | None']
@@ -225,6 +233,20 @@ def check_imports(versions: Versions, run: Run) -> list[Finding]:
     return found
 
 
+def check_cpu_products(run: Run) -> list[Finding]:
+    """Looks for what kw_mm compiles for the CPU."""
+    failure = run(CPU_PRODUCTS)
+    if failure is None:
+        return []
+    return [Finding(
+        f'the compiled products of kw_mm cannot be used: {failure}',
+        "torch's own then mix kernels on the CPU, with the same results, slower",
+        f'install a C++ compiler, then {PIP} install --no-deps -e . (for a checkout) or '
+        f'{PIP} install --no-cache-dir --no-binary kw_mm --force-reinstall --no-deps kw_mm',
+        error=False,
+    )]
+
+
 def check_all(versions: Versions, pins: Mapping[str, str] | None, has_pkg_resources: bool,
               run: Run) -> list[Finding]:
     """Runs every check that can tell something, cheap ones first.
@@ -251,6 +273,8 @@ def check_all(versions: Versions, pins: Mapping[str, str] | None, has_pkg_resour
     # What is already known to be wrong would only be told again as an import that fails.
     if not any(finding.error for finding in found):
         found += check_imports(versions, run)
+    if versions.get('kw_mm') is not None and not any(finding.error for finding in found):
+        found += check_cpu_products(run)
     return found
 
 

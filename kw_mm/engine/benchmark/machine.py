@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ...ops.cpu_products import instruction_set
 from ...versions import SUPPORTED, __version__, installed_version
 from .floor import Rates
 from .setting import Setting
@@ -25,6 +26,7 @@ def describe() -> dict[str, Any]:
         date=datetime.now(timezone.utc).isoformat(timespec='seconds'),
         cpu=cpu_name(),
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
+        cpu_products=instruction_set() or 'none',
         threads=torch.get_num_threads(),
         python=platform.python_version(),
         kw_mm=__version__,
