@@ -22,6 +22,7 @@ from ..ops import (
     mix_in_place,
     mixes_in_place,
     mixing_weights,
+    positions_last,
 )
 from .workspace import Workspace
 
@@ -174,11 +175,7 @@ class OptimizedConv(nn.Module):
         """The kernels for an input ``(N, C_in, *spatial)``: ``(N, C_out, C_in / groups, *k)``,
         in memory position before input channel."""
         kernel = self._mix_cells(x) if self.bases is None else self._mix_bases(x)
-        kernel = kernel.transpose(2, 3)
-        if self.in_channels == self.groups or max(self.kernel_size) == 1:
-            # Of one order only, which strides of lengths 1 must not hide.
-            return kernel.reshape(len(x), *self.plan.spec.weight_shape)
-        return kernel.unflatten(3, self.kernel_size)
+        return positions_last(kernel, self.kernel_size)
 
     def _mix_cells(self, x: Tensor) -> Tensor:
         """Kernels ``(N, C_out, prod(k), C_in / groups)``, any strides."""

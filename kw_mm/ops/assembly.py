@@ -124,17 +124,23 @@ def mixes_in_place(alpha: Tensor, cells: Tensor, grid: Sequence[int]) -> bool:
     """Whether ``mix_in_place`` is the way for such tensors."""
     # Of few cells it takes longest to write mixtures, whose positions may have to be moved again.
     is_short = grid[0] > 1 and len(cells) < MIN_CELLS
-    return (cells[0, 0].numel() >= MIN_WIDTH and not is_short
+    return (math.prod(cells.shape[2:]) >= MIN_WIDTH and not is_short
             and takes_cpu_products(alpha, cells))
+
+
+def positions_last(kernel: Tensor, kernel_size: Sequence[int]) -> Tensor:
+    """Kernels ``(N, C_out, prod(k), C_in)`` indexed ``(N, C_out, C_in, *k)``, a view."""
+    kernel = kernel.transpose(2, 3)
+    if 1 in kernel.shape[2:]:
+        # Of one order only, which strides of lengths 1 must not hide.
+        return kernel.reshape(*kernel.shape[:3], *kernel_size)
+    return kernel.unflatten(3, kernel_size)
 
 
 def _assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Sequence[int],
               by_rows: Tensor | None = None) -> Tensor:
     if mixes_in_place(alpha, cells, grid):
-        kernel = mix_in_place(alpha, cells, grid).transpose(2, 3)
-        shape = *kernel.shape[:3], *kernel_size
-        # Of one order only, which strides of lengths 1 must not hide.
-        return kernel.reshape(shape) if 1 in kernel.shape[2:] else kernel.unflatten(3, kernel_size)
+        return positions_last(mix_in_place(alpha, cells, grid), kernel_size)
     fits = grid[0] == grid[2] == 1
     if by_rows is not None and not _takes_one_product(cells, len(alpha) * alpha.shape[1], fits):
         cells = by_rows
@@ -193,7 +199,7 @@ def _sum_products(grads: Tensor, cells: Tensor) -> Tensor:
 def _takes_one_product(cells: Tensor, num_rows: int, fits: bool) -> bool:
     """Whether blocks would not pay for a product of so many rows with cells."""
     # On a GPU one product does; on the meta device it is the one that tools count.
-    if cells.device.type != 'cpu' or cells[0].numel() < MIN_BLOCKED_SIZE:
+    if cells.device.type != 'cpu' or math.prod(cells.shape[1:]) < MIN_BLOCKED_SIZE:
         return True
     if stored_by_rows(cells):
         return False

@@ -9,12 +9,8 @@
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16, REGISTERS = 32;
-#elif defined(__AVX2__)
+#else  // AVX2
 constexpr int LANES = 8, REGISTERS = 16;
-#elif defined(__x86_64__)
-constexpr int LANES = 4, REGISTERS = 16;
-#else
-constexpr int LANES = 4, REGISTERS = 32;
 #endif
 
 // Numbers in a register, and the same in memory, at any address.
