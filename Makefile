@@ -94,7 +94,7 @@ $(STEPS)/packages: $(STEPS)/mmcv
 	@touch $@
 
 $(STEPS)/kw_mm: $(STEPS)/packages setup.py pyproject.toml kw_mm/versions.py \
-		kw_mm/ops/cpu_products.cpp
+		kw_mm/ops/cpu.cpp
 	@echo '== 4/5 kw_mm, editable'
 	@$(PIP) install --no-build-isolation --no-deps -e .
 	@touch $@

@@ -1,6 +1,7 @@
 """Packaging. Version and supported ranges are read from ``kw_mm/versions.py``."""
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import runpy
@@ -56,7 +57,11 @@ def cpu_products() -> list[Extension]:
     if platform.machine() != 'x86_64':
         return []
     options = dict(avx2=['-mavx2', '-mfma'], avx512=['-mavx512f', '-mfma'])
-    return [Extension(f'kw_mm.ops._cpu_products_{name}', ['kw_mm/ops/cpu_products.cpp'],
+    # As kw_mm/ops/compiled.py computes it, which refuses what was compiled from another source.
+    source = Path('kw_mm/ops/cpu.cpp')
+    built_from = hashlib.sha256(b'\n'.join((ROOT / source).read_bytes().splitlines())).hexdigest()
+    return [Extension(f'kw_mm.ops._cpu_{name}', [str(source)],
+                      define_macros=[('KW_MM_BUILT_FROM', f'"{built_from[:16]}"')],
                       extra_compile_args=['-O3', '-std=c++14', '-fopenmp', *flags],
                       extra_link_args=['-fopenmp'], optional=True)
             for name, flags in options.items()]
@@ -96,6 +101,7 @@ setup(
     packages=find_packages(include=['kw_mm', 'kw_mm.*']),
     package_data={
         'kw_mm': [
+            'ops/cpu.cpp',
             '.mim/model-index.yml',
             *(f'.mim/{folder}/**/*.{ending}'
               for folder in ('configs', 'tools') for ending in ('py', 'sh', 'yml', 'md')),

@@ -1,8 +1,6 @@
 """KW convolutions as inference has them: no temperature, no norms, nothing left to learn."""
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import NamedTuple, Union
 
 import torch
@@ -12,19 +10,15 @@ from torch import Tensor, nn
 from ..layers import Attention, KWConv1d, KWConv2d, KWConv3d
 from ..layers.conv import convolve
 from ..ops import (
+    assemble_kernel,
     basis_logits,
     block_mixtures,
     contract_bases,
     logit_norms,
     mean_positions,
     mix_bases,
-    mix_cells,
-    mix_in_place,
-    mixes_in_place,
     mixing_weights,
-    positions_last,
 )
-from .workspace import Workspace
 
 KWConv = Union[KWConv1d, KWConv2d, KWConv3d]
 
@@ -108,14 +102,13 @@ class OptimizedConv(nn.Module):
             gradients) and the place of its cells.
         affine: A norm behind the convolution that is folded into it.
         use_bases: Whether to compute bases.
-        workspace: Memory for kernels, which the layers of a model share; its own by default.
     """
 
     transposed = False  # read by mmcv.cnn.ConvModule
     has_fixed_temperature = True  # read by set_temperature
 
-    def __init__(self, conv: KWConv, affine: Affine | None = None, use_bases: bool = False,
-                 workspace: Workspace | None = None) -> None:
+    def __init__(self, conv: KWConv, affine: Affine | None = None,
+                 use_bases: bool = False) -> None:
         super().__init__()
         for name in ('num_dims', 'in_channels', 'out_channels', 'kernel_size', 'stride', 'padding',
                      'dilation', 'groups', 'padding_mode', 'pads', 'output_padding', 'plan'):
@@ -124,7 +117,6 @@ class OptimizedConv(nn.Module):
             self.warehouse_manager = conv.warehouse_manager
         # Past nn.Module's registration, as in KWConv2d.
         self.__dict__['manager'] = conv.manager
-        self.workspace = workspace or Workspace()
         self.attention = OptimizedAttention(conv.attention)
         dtype = conv.cells.dtype
         bias, scale = conv.bias, None
@@ -172,48 +164,13 @@ class OptimizedConv(nn.Module):
         return convolve(self, x, self.kernel)
 
     def kernel(self, x: Tensor) -> Tensor:
-        """The kernels for an input ``(N, C_in, *spatial)``: ``(N, C_out, C_in / groups, *k)``,
-        in memory position before input channel."""
-        kernel = self._mix_cells(x) if self.bases is None else self._mix_bases(x)
-        return positions_last(kernel, self.kernel_size)
-
-    def _mix_cells(self, x: Tensor) -> Tensor:
-        """Kernels ``(N, C_out, prod(k), C_in / groups)``, any strides."""
-        alpha, cells = self.attention(x), self.manager.cells(self.plan.warehouse)
-        if mixes_in_place(alpha, cells, self.plan.grid):
-            return mix_in_place(alpha, cells, self.plan.grid, self._take('kernels', alpha),
-                                self.scale)
-        fits = self.plan.grid[0] == self.plan.grid[2] == 1 and self.scale is None
-        mixtures = mix_cells(alpha, cells, fits, self._take('mixtures', alpha))
-        # (N, S, OG, IG, blocks, rows, c_in, k) to (N, OG, blocks, rows, S, k, IG, c_in)
-        mixtures = mixtures.unflatten(1, self.plan.grid).permute(0, 2, 4, 5, 1, 7, 3, 6)
-        # With blocks of a row and one output group, one row of a kernel follows the other, of all
-        # samples, and nothing needs them closer.
-        if self.scale is not None or not self.plan.grid[1] == mixtures.shape[3] == 1:
-            mixtures = self._put_in_place(mixtures, None if self.scale is None else self.scale.view(
-                *mixtures.shape[1:4], 1, 1, 1, 1))
-        return mixtures.flatten(6).flatten(4, 5).flatten(1, 3)
-
-    def _mix_bases(self, x: Tensor) -> Tensor:
-        """Kernels as ``_mix_cells`` has them."""
+        """The kernels for an input ``(N, C_in, *spatial)``: ``(N, C_out, C_in / groups, *k)``."""
+        if self.bases is None:
+            return assemble_kernel(self.attention(x), self.manager.cells(self.plan.warehouse),
+                                   self.plan.grid, self.kernel_size, self.scale)
         hidden = self.attention.hidden(x)
         norms = logit_norms(self.attention.logits(hidden)).to(hidden.dtype)
-        blocks = mix_bases(hidden, norms, self.bases, self.mixtures, self._take('mixtures', x))
-        # (N, C_out, prod(k), IG, c_in); with one input group likewise as they are.
-        blocks = blocks.unflatten(1, (self.out_channels, -1, self.plan.grid[2]))
-        return (blocks if self.plan.grid[2] == 1 else self._put_in_place(blocks)).flatten(3)
-
-    def _put_in_place(self, mixtures: Tensor, scale: Tensor | None = None) -> Tensor:
-        """The same numbers, contiguous and scaled in one go."""
-        if scale is None and mixtures.is_contiguous():
-            return mixtures
-        out = self.workspace.take('kernels', mixtures.shape, mixtures)
-        if out is None:
-            return (mixtures if scale is None else mixtures * scale).contiguous()
-        return out.copy_(mixtures) if scale is None else torch.mul(mixtures, scale, out=out)
-
-    def _take(self, slot: str, like: Tensor) -> Callable[[tuple[int, ...]], Tensor | None]:
-        return functools.partial(self.workspace.take, slot, like=like)
+        return mix_bases(hidden, norms, self.bases, self.mixtures, self.plan.spec.weight_shape)
 
     @torch.no_grad()
     def _contract(self) -> Tensor:

@@ -14,7 +14,6 @@ from ..table import format_table
 from .budget import choose_layers
 from .layers import OptimizedConv, fold_norm
 from .norms import find_norms, has_hooks
-from .workspace import Workspace
 
 # 1.5 GiB: what reads fewer bytes than cells do in a KW-ResNet50 of budget 4.
 DEFAULT_BUDGET = 1536 * 2**20
@@ -115,11 +114,10 @@ def optimize_for_inference_(module: nn.Module,
     with_bases = choose_layers(
         {name: conv.plan for name, conv in convs.items() if not conv.attention.tau},
         {name: conv.cells.itemsize for name, conv in convs.items()}, budget)
-    workspace, replacements, layers = Workspace(), {}, []
+    replacements, layers = {}, []
     for name, conv in convs.items():
         norm = norms.get(conv)
-        optimized = OptimizedConv(conv, norm and fold_norm(norm), name in with_bases,
-                                  workspace)
+        optimized = OptimizedConv(conv, norm and fold_norm(norm), name in with_bases)
         replacements[conv] = optimized
         layers.append(OptimizedLayer(name, conv.plan.num_cells, optimized.num_bases,
                                      optimized.num_bytes, norm is not None))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import basis_logits, mean_positions, mix, mixing_weights
+from ..ops import basis_logits, mean_positions, mixing_weights
 from ..plan import LayerPlan
 
 
@@ -86,10 +86,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mixing weights ``(N, m, n)`` of an input ``(N, C, *spatial)``."""
         hidden = F.relu(self.norm1(self.fc1(mean_positions(x))))
-        if self.fc3 is None:
-            return mix(hidden, self.fc2.weight, self.fc2.bias, self.beta, self.tau)
-        rows = self.fc2(hidden).unflatten(1, (self.num_mixtures, -1))
-        logits = basis_logits(rows, self.fc3.weight, self.basis_bias, self.first_cell)
+        logits = self.fc2(hidden).unflatten(1, (self.num_mixtures, -1))
+        if self.fc3 is not None:
+            logits = basis_logits(logits, self.fc3.weight, self.basis_bias, self.first_cell)
         return mixing_weights(logits, self.beta, self.tau)
 
     def _apply(self, fn, recurse: bool = True):

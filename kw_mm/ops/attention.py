@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import takes_triton
 from .reference import EPS
 
 
@@ -37,14 +36,6 @@ def mixing_weights(logits: Tensor, beta: Tensor, tau: Tensor) -> Tensor:
     """L1-normalises logits and pulls them towards the assignment; see ``reference``."""
     alpha = logits[..., :-1] / logit_norms(logits).unsqueeze(-1)
     return ((1 - tau) * alpha + tau * beta).to(logits.dtype)
-
-
-def mix(hidden: Tensor, weight: Tensor, bias: Tensor, beta: Tensor, tau: Tensor) -> Tensor:
-    """Mixing weights of hidden vectors, through logits of every cell; see ``reference``."""
-    if takes_triton(hidden, weight, bias, beta):
-        from .triton_attention import mix as in_triton
-        return in_triton(hidden, weight, bias, beta, tau)
-    return mixing_weights(F.linear(hidden, weight, bias).unflatten(1, (len(beta), -1)), beta, tau)
 
 
 def logit_norms(logits: Tensor) -> Tensor:

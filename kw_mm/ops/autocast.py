@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 _ASKS_BY_DEVICE = torch.__version__ >= (2, 4)
 
@@ -16,3 +17,15 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     if device_type == 'cpu':
         return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
     return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
+
+
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which a product takes a tensor: autocast's, which leaves float64 alone."""
+    if tensor.dtype == torch.float64:
+        return tensor.dtype
+    return autocast_dtype(tensor.device.type) or tensor.dtype
+
+
+def autocast_to(tensor: Tensor) -> Tensor:
+    """The tensor as a product takes it."""
+    return tensor.to(product_dtype(tensor))

@@ -13,15 +13,13 @@ and those of hidden units at zero, after the ReLU about half, need not even be r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .assembly import batch_product, mix_cells
-from .backend import takes_cpu_products
-from .cpu_products import mix_blocks
+from . import operators
+from .assembly import assemble_kernel
 
 
 def contract_bases(weight: Tensor, bias: Tensor, cells: Tensor, grid: Sequence[int],
@@ -41,14 +39,13 @@ def contract_bases(weight: Tensor, bias: Tensor, cells: Tensor, grid: Sequence[i
         kernel in the order (output channel, position, input channel); ``block_mixtures`` tells
         whose they are.
     """
+    # A basis is a kernel, mixed by what one hidden unit gives to the logits.
     rows = torch.cat((weight, bias.unsqueeze(-1)), -1).permute(2, 0, 1)
-    # (hidden + 1, S, OG, IG, c_out, c_in, k); either S or k is 1.
-    bases = mix_cells(rows, cells).flatten(2, 3).unflatten(1, grid)
-    if scale is not None:
-        bases = bases * scale.view(grid[1], 1, -1, 1, 1)
-    # (OG, c_out, S, k, IG, hidden + 1, c_in)
-    bases = bases.permute(2, 4, 1, 6, 3, 0, 5).reshape(-1, len(rows), cells.shape[2])
-    return bases.contiguous()
+    cells = cells.flatten(3)
+    kernels = assemble_kernel(rows, cells, grid, (grid[0] * cells.shape[3],), scale)
+    # (hidden + 1, C_out, IG, c_in, positions) to (C_out, positions, IG, hidden + 1, c_in)
+    kernels = kernels.unflatten(2, (grid[2], -1)).permute(1, 4, 2, 0, 3)
+    return kernels.reshape(-1, len(rows), cells.shape[2]).contiguous()
 
 
 def block_mixtures(grid: Sequence[int], cell_shape: Sequence[int]) -> Tensor:
@@ -61,44 +58,18 @@ def block_mixtures(grid: Sequence[int], cell_shape: Sequence[int]) -> Tensor:
 
 
 def mix_bases(hidden: Tensor, norms: Tensor, bases: Tensor, mixtures: Tensor,
-              make_out: Callable[..., Tensor | None] | None = None) -> Tensor:
+              kernel_shape: Sequence[int]) -> Tensor:
     """The kernels of a batch.
 
     Args:
         hidden: h, not negative, ``(N, hidden)``.
         norms: ``|z_i|_1 + EPS``, ``(N, m)``.
-        bases: ``(B, hidden + 1, width)``.
+        bases: ``(B, hidden + 1, width)``; they get no gradient.
         mixtures: ``(B,)``.
-        make_out: Gives memory for a result of a shape, if it has any.
+        kernel_shape: ``(C_out, C_in / groups, *k)``.
 
     Returns:
-        ``(N, B, width)``, any strides.
+        ``(N, *kernel_shape)``.
     """
-    hidden = torch.cat((hidden, hidden.new_ones(len(hidden), 1)), 1)
-    scales = (1 / norms)[:, mixtures]
-    if takes_cpu_products(hidden, scales, bases):
-        shape = len(hidden), len(bases), bases.shape[2]
-        out = make_out and make_out(shape)
-        out = bases.new_empty(shape) if out is None else out
-        # Of one sample the bases of active units alone are read.
-        active = hidden[0].nonzero().squeeze(1) if len(hidden) == 1 else None
-        mix_blocks((hidden if active is None else hidden[:, active]).expand(
-            len(bases), -1, -1), bases, out.transpose(0, 1), active, scales.T)
-        return out
-    # How many units are active is nothing that a compiler knows.
-    if len(hidden) == 1 and bases.device.type == 'cpu' and not torch.compiler.is_compiling():
-        return _sum_active(hidden[0], scales[0], bases).unsqueeze(0)
-    # Few rows and a wide matrix, as in assembly, in blocks from the outset.
-    out = make_out and make_out((len(bases), len(hidden), bases.shape[2]))
-    return batch_product(scales.T.unsqueeze(-1) * hidden, bases, out).transpose(0, 1)
-
-
-def _sum_active(hidden: Tensor, scales: Tensor, bases: Tensor) -> Tensor:
-    """One sample: reads the bases of active units alone."""
-    num_blocks, num_bases, width = bases.shape
-    active = hidden.nonzero().squeeze(1)
-    starts = torch.arange(0, num_blocks * num_bases, num_bases)
-    return F.embedding_bag(
-        starts.unsqueeze(1) + active, bases.flatten(0, 1), mode='sum',
-        # Of another dtype under autocast.
-        per_sample_weights=(scales.unsqueeze(1) * hidden[active]).to(bases.dtype))
+    weights = torch.cat((hidden, hidden.new_ones(hidden.shape[0], 1)), 1)
+    return operators.mix_bases(weights, 1 / norms, bases, mixtures, kernel_shape)

@@ -2,25 +2,40 @@
 
 Every layer of a warehouse has a gradient for all of its cells: ``alpha.T @ d_kernel``, as large as
 the warehouse, from very few rows. Written and added up layer by layer these are what a training
-step spends most on. Here each layer leaves its factors behind instead, and when the last of them
-has, one product over the rows of all layers gives the sum.
+step spends most on (docs/performance.md). Here each layer leaves its factors behind instead, and
+when the last of them has, one product over the rows of all layers gives the sum.
+
+This is for training as it usually runs, by torch's own autograd alone. Where anything else watches
+or rewrites the computation, each layer has the gradient that its operator knows.
 """
 from __future__ import annotations
 
+import functools
+import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from .autocast import autocast_dtype
-from .backend import is_transformed, takes_cpu_products
-from .cell_storage import reads_by_rows, store_by_rows
-from .cpu_products import large_empty, mix_blocks
+from . import operators
+from .autocast import product_dtype
+from .layout import cut_kernel
+from .memory import large_empty
 
-# Numbers between the rows of gathered gradients.
+logger = logging.getLogger(__name__)
+
+# Numbers between the rows of gathered gradients. Rows a power of two apart would all be after the
+# same few places of a cache.
 ROW_GAP = 64
+
+# What torch has no public way to ask: whether function transforms and modes are at work, which
+# backward pass runs, and whether that pass will come to a node. Missing, nothing is collected.
+INTERNALS = ('_are_functorch_transforms_active', '_len_torch_dispatch_stack',
+             '_current_graph_task_id', '_will_engine_execute_node')
 
 # What stands for cells in the graphs that are alive, by cells and dtype: only those that meet in
 # one graph are summed in one product.
@@ -36,12 +51,13 @@ def collect_gradients(cells: Tensor) -> Tensor:
         cells: A parameter, ``(n, c_out, c_in, *k)``.
 
     Returns:
-        The same values; ``cells`` itself where no gradient is asked for, or where a compiler or a
-        function transform would not understand.
+        The same values; ``cells`` itself where no gradient is asked for, or where more than torch's
+        autograd is at work.
     """
-    if not (cells.requires_grad and cells.is_leaf and torch.is_grad_enabled()) or is_transformed():
+    if not (_is_eager() and cells.requires_grad and cells.is_leaf and torch.is_grad_enabled()
+            and type(cells) in (Tensor, nn.Parameter) and _is_autograd_alone()):
         return cells
-    dtype = autocast_dtype(cells.device.type) or cells.dtype
+    dtype = product_dtype(cells)
     alive = _collectors.setdefault(cells, {})
     collector = alive[dtype]() if dtype in alive else None
     # Parameters are given other memory, for example by ``.to()``, or other values without becoming
@@ -53,6 +69,17 @@ def collect_gradients(cells: Tensor) -> Tensor:
     return collector
 
 
+def is_collected(cells: Tensor) -> bool:
+    """Whether ``collect_gradients`` returned these cells, not as they were."""
+    return _is_eager() and isinstance(cells.grad_fn, CellGradients._backward_cls)
+
+
+def assemble_collected(alpha: Tensor, cells: Tensor, grid: Sequence[int],
+                       kernel_size: Sequence[int]) -> Tensor:
+    """``operators.assemble`` of collected cells, which leaves their gradient to the collector."""
+    return _AssembleCollected.apply(alpha, cells, cells.grad_fn, grid, kernel_size)
+
+
 class CellGradients(torch.autograd.Function):
     """Stands between a warehouse and its layers, and waits for all of them in the backward pass."""
 
@@ -62,11 +89,8 @@ class CellGradients(torch.autograd.Function):
         ctx.state = state
         ctx.shape = cells.shape
         ctx.num_rows = 0  # of all uses so far
-        # By backward pass: one that failed has left something behind.
+        # Keyed by backward pass, because a pass that failed leaves its entries behind.
         ctx.waiting = {}
-        # Worth a copy for so many uses of torch's products. The backward pass has none for it.
-        copies = reads_by_rows(cells) and not takes_cpu_products(cells)
-        ctx.rows = store_by_rows(cells) if copies else None
         # Not a view, whose grad_fn an optimizer's step would take away.
         return cells.detach()
 
@@ -77,6 +101,31 @@ class CellGradients(torch.autograd.Function):
         for product in (chunk.product().view(ctx.shape) for chunk in chunks):
             grad = product if grad is None else grad + product
         return grad, None
+
+
+class _AssembleCollected(torch.autograd.Function):
+    """Kernels whose cells get their gradient from the collector."""
+
+    @staticmethod
+    def forward(ctx: Any, alpha: Tensor, cells: Tensor, collector: Any, grid: Sequence[int],
+                kernel_size: Sequence[int]) -> Tensor:
+        ctx.save_for_backward(alpha, cells)
+        # Activation checkpointing lets go of what is saved, and the next layer would find no
+        # collector and make one of its own, with a copy of all cells.
+        ctx.held = cells
+        ctx.collector = collector
+        ctx.grid = grid
+        collector.num_rows += len(alpha) * alpha.shape[1]
+        return operators.assemble(alpha, cells, grid, kernel_size)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        alpha, cells = ctx.saved_tensors
+        ctx.held = None
+        pieces = _leave_factors(ctx.collector, alpha, cut_kernel(grad, ctx.grid, cells.shape[1:]))
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, None
+        return operators.assemble_grad_alpha(pieces, cells).to(alpha.dtype), None, None, None, None
 
 
 class _Chunk:
@@ -95,48 +144,66 @@ class _Chunk:
         return self.space[start:self.num_rows]
 
     def product(self) -> Tensor:
-        alphas, grads = torch.cat(self.alphas).T, self.space[:self.num_rows]
-        if not takes_cpu_products(alphas, grads):
-            return alphas @ grads
-        out = large_empty((len(alphas), grads.shape[1]), grads)
-        return mix_blocks(alphas, grads.unsqueeze(0), out.unsqueeze(0)).squeeze(0)
+        alphas, grads = torch.cat(self.alphas), self.space[:self.num_rows]
+        # As the pieces of one kernel with that many output groups.
+        return operators.assemble_grad_cells(
+            grads.view(1, 1, len(grads), 1, 1, 1, grads.shape[1]), alphas[None])
 
 
-def collector_of(cells: Tensor) -> Any:
-    """The collector behind cells that ``collect_gradients`` returned; None for any others."""
-    if torch.compiler.is_compiling() or not isinstance(cells.grad_fn, CellGradients._backward_cls):
-        return None
-    return cells.grad_fn
+def _leave_factors(collector: Any, alpha: Tensor, pieces: Tensor) -> Tensor:
+    """Adds what a layer gives to the gradient of the cells behind a collector.
 
-
-def leave_factors(collector: Any, alpha: Tensor, grads: Tensor) -> Tensor:
-    """Adds ``alpha.T @ grads`` to the gradient of the cells behind a collector.
-
-    To be called in a backward pass, by a function that has the cells of the collector among its
-    inputs and returns None for their gradient.
+    Called in a backward pass, by a function that has the cells of the collector among its inputs
+    and returns None for their gradient.
 
     Args:
-        collector: What ``collector_of`` returned.
-        alpha: ``(R, n)``.
-        grads: R times as many numbers as a cell has, in the order of R's rows. Any strides.
+        collector: The ``grad_fn`` of collected cells.
+        alpha: ``(N, m, n)``.
+        pieces: Gradient of the kernels as ``cut_kernel`` cuts it, any strides.
 
     Returns:
-        ``grads`` as ``(R, D)``, each row contiguous.
+        ``pieces``, where they have been gathered if they were.
     """
-    collector.rows = None
-    size = math.prod(collector.shape[1:])
     # In a pass that asks for other gradients alone nobody would come for them.
     if not torch._C._will_engine_execute_node(collector):
-        return grads.reshape(len(alpha), size)
+        return pieces
+    alpha = alpha.flatten(0, 1)
+    size = math.prod(collector.shape[1:])
     chunks = collector.waiting.setdefault(torch._C._current_graph_task_id(), [])
     if torch.is_grad_enabled():
         # A second derivative is to follow, which must find the factors as they were computed.
-        chunks.append(_Chunk(grads.reshape(len(alpha), size)))
-        return chunks[-1].take(alpha)
+        chunks.append(_Chunk(pieces.reshape(len(alpha), size)))
+        chunks[-1].take(alpha)
+        return pieces
     if not chunks or len(chunks[-1].space) - chunks[-1].num_rows < len(alpha):
-        rows = max(collector.num_rows, len(alpha))
-        # Rows a power of two apart would all be after the same few places of a cache.
-        chunks.append(_Chunk(large_empty((rows, size + ROW_GAP), grads)[:, :size]))
-    place = chunks[-1].take(alpha)
-    place.view(grads.shape).copy_(grads)
-    return place
+        shape = max(collector.num_rows, len(alpha)), size + ROW_GAP
+        space = (large_empty(shape, pieces.dtype) if pieces.device.type == 'cpu' else
+                 pieces.new_empty(shape))
+        chunks.append(_Chunk(space[:, :size]))
+    place = chunks[-1].take(alpha).view(pieces.shape)
+    return place.copy_(pieces)
+
+
+def _is_eager() -> bool:
+    """Whether no compiler reads this code."""
+    return not (torch.jit.is_tracing() or _is_compiling())
+
+
+def _is_autograd_alone() -> bool:
+    """Whether neither transforms, nor modes, nor forward-mode derivatives are at work."""
+    return (_has_internals() and not torch._C._are_functorch_transforms_active()
+            and torch._C._len_torch_dispatch_stack() == 0
+            and getattr(forward_ad, '_current_level', 0) < 0)
+
+
+# In torch 2.1 and 2.2 this is the compiler's own question.
+_is_compiling = getattr(torch.compiler, 'is_compiling', None) or torch._dynamo.is_compiling
+
+
+@functools.lru_cache(maxsize=1)
+def _has_internals() -> bool:
+    missing = [name for name in INTERNALS if not hasattr(torch._C, name)]
+    if not operators.ARE_REGISTERED or missing:
+        logger.warning('gradients of cells are computed layer by layer, slower: torch %s has no %s',
+                       torch.__version__, ', '.join(missing) or 'operators of this kind')
+    return operators.ARE_REGISTERED and not missing

@@ -40,7 +40,7 @@ NMS_ON_GPU = 'import torch\nif torch.cuda.is_available():' + NMS.replace(
 # Where there is no such file for a CPU there is nothing to miss.
 CPU_PRODUCTS = """
 import torch
-from kw_mm.ops.cpu_products import INSTRUCTION_SETS, instruction_set
+from kw_mm.ops.compiled import INSTRUCTION_SETS, instruction_set
 capability = torch.backends.cpu.get_cpu_capability()
 assert instruction_set() or capability not in INSTRUCTION_SETS, f'there are none for {capability}'
 """

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...ops.cpu_products import instruction_set
+from ...ops.compiled import instruction_set
 from ...versions import SUPPORTED, __version__, installed_version
 from .floor import Rates
 from .setting import Setting

@@ -1,5 +1,6 @@
 // The two products that assembly is made of on a CPU, in single precision: a few rows against very
-// many numbers. cpu_products.py tells what they compute, docs/performance.md what they gain.
+// many numbers. compiled.py tells what they compute and hands them memory that they can read,
+// docs/performance.md what they gain.
 //
 // Both read the large matrix once, at the rate of the memory, and keep all that they add up in
 // registers. Compiled once for each instruction set, without any header of torch's or Python's.
@@ -131,6 +132,9 @@ TileFunction tile_of(int rows, int vectors) {
 }
 
 }  // namespace
+
+// Which source this was compiled from: compiled.py takes no other than the one it lies beside.
+extern "C" const char *kw_mm_built_from() { return KW_MM_BUILT_FROM; }
 
 extern "C" void kw_mm_mix(const Mix *mix, int num_threads) {
     const Mix &m = *mix;

@@ -1,0 +1,89 @@
+"""What the operators compute on CPUs: the compiled products where they pay, else torch's."""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import compiled, products
+from .cell_storage import MIN_CELLS, stored_by_rows
+from .layout import memory_shape, view_as_kernel
+from .memory import large_empty, reused_empty
+
+
+def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Sequence[int],
+             scale: Tensor | None = None) -> Tensor:
+    """See ``operators.assemble``."""
+    if not compiled.takes(cells) or not _pays(cells, grid):
+        return products.assemble(alpha, cells, grid, kernel_size, scale)
+    c_out = cells.shape[1]
+    num_samples, (num_positions, num_out_groups, num_in_groups) = alpha.shape[0], grid
+    memory = reused_empty(memory_shape(num_samples, grid, cells.shape[1:]), cells.dtype)
+    # (c_out, N, S, OG, IG, width), in the order of alpha but for the rows of a cell.
+    places = memory.view(num_samples, num_out_groups, c_out, num_positions, num_in_groups,
+                         math.prod(cells.shape[2:])).permute(2, 0, 3, 1, 4, 5)
+    blocks, scales = cells.flatten(2).transpose(0, 1), None
+    if scale is not None:
+        scales = scale.view(1, 1, num_out_groups, c_out, 1).permute(3, 0, 1, 2, 4).expand(
+            places.shape[:-1]).flatten(1)
+    elif num_positions == num_in_groups == 1 and not stored_by_rows(cells):
+        # Mixtures are the kernel as they come: one block of whole cells.
+        places, blocks = places.permute(1, 2, 3, 4, 0, 5).flatten(4).unsqueeze(0), cells.flatten(
+            1).unsqueeze(0)
+    compiled.mix_blocks(alpha.flatten(0, 1), blocks, places, scales=scales)
+    return view_as_kernel(memory, grid, kernel_size)
+
+
+def assemble_grad_alpha(pieces: Tensor, cells: Tensor) -> Tensor:
+    """See ``operators.assemble_grad_alpha``."""
+    if not compiled.takes(pieces, cells):
+        return products.assemble_grad_alpha(pieces, cells)
+    rows = pieces.reshape(math.prod(pieces.shape[:4]), math.prod(pieces.shape[4:]))
+    return compiled.sum_products(rows, cells.flatten(1)).view(
+        pieces.shape[0], math.prod(pieces.shape[1:4]), cells.shape[0])
+
+
+def assemble_grad_cells(pieces: Tensor, alpha: Tensor) -> Tensor:
+    """See ``operators.assemble_grad_cells``."""
+    if not compiled.takes(pieces):
+        return products.assemble_grad_cells(pieces, alpha)
+    alphas = alpha.flatten(0, 1).T
+    rows = pieces.reshape(alphas.shape[1], math.prod(pieces.shape[4:]))
+    grads = large_empty((alphas.shape[0], rows.shape[1]), pieces.dtype)
+    compiled.mix_blocks(alphas, rows.unsqueeze(0), grads.unsqueeze(0))
+    return grads.view(len(grads), *pieces.shape[4:])
+
+
+def mix_bases(weights: Tensor, scales: Tensor, bases: Tensor, mixtures: Tensor,
+              kernel_shape: Sequence[int]) -> Tensor:
+    """See ``operators.mix_bases``."""
+    num_samples, (num_blocks, _, width) = weights.shape[0], bases.shape
+    # Of one sample the bases of active units alone are read.
+    active = weights[0].nonzero().squeeze(1) if num_samples == 1 else None
+    if compiled.takes(bases):
+        mixed = reused_empty((num_samples, num_blocks, width), bases.dtype)
+        compiled.mix_blocks(weights, bases, mixed.transpose(0, 1), active, scales[:, mixtures].T)
+    elif active is not None:
+        mixed = _sum_active(weights[0, active], scales[0, mixtures], bases, active).unsqueeze(0)
+    else:
+        return products.mix_bases(weights, scales, bases, mixtures, kernel_shape)
+    return products.bases_as_kernel(mixed, kernel_shape)
+
+
+def _pays(cells: Tensor, grid: Sequence[int]) -> bool:
+    """Whether the compiled products are the faster way to mix such cells."""
+    # With few cells, writing the mixtures dominates the cost, and positions have to be moved again.
+    is_short = grid[0] > 1 and len(cells) < MIN_CELLS
+    return math.prod(cells.shape[2:]) >= compiled.MIN_WIDTH and not is_short
+
+
+def _sum_active(weights: Tensor, scales: Tensor, bases: Tensor, active: Tensor) -> Tensor:
+    """One sample's mixtures ``(B, width)`` of some bases."""
+    num_blocks, num_bases, _ = bases.shape
+    starts = torch.arange(0, num_blocks * num_bases, num_bases).unsqueeze(1)
+    factors = (scales.unsqueeze(1) * weights).to(bases.dtype)
+    return F.embedding_bag(starts + active, bases.flatten(0, 1), mode='sum',
+                           per_sample_weights=factors)

@@ -1,0 +1,68 @@
+"""What the operators compute on GPUs: torch's products, and Triton kernels on request.
+
+The Triton kernels have been checked with Triton's interpreter and compiler, but have not been
+timed on a GPU yet. They are asked for with ``use_triton`` or with ``KW_MM_TRITON=1`` in the
+environment.
+"""
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from . import products
+from .triton_support import is_usable
+
+mix_bases = products.mix_bases
+
+_triton_is_wanted = os.environ.get('KW_MM_TRITON', '0') not in ('', '0')
+
+
+def use_triton(enabled: bool = True) -> None:
+    """Asks for the Triton kernels from now on, or for torch's operators again.
+
+    Tensors that the kernels cannot take (they need a CUDA device of capability 8.0 or more) are
+    left to torch, with one warning.
+    """
+    global _triton_is_wanted
+    _triton_is_wanted = enabled
+
+
+def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Sequence[int],
+             scale: Tensor | None = None) -> Tensor:
+    """See ``operators.assemble``."""
+    if not _takes_triton(alpha, cells):
+        return products.assemble(alpha, cells, grid, kernel_size, scale)
+    from .triton_assembly import assemble as in_triton
+    kernel = in_triton(alpha, cells, grid, kernel_size)
+    return kernel if scale is None else kernel * scale.view(-1, *(1,) * (kernel.dim() - 2))
+
+
+def assemble_grad_alpha(pieces: Tensor, cells: Tensor) -> Tensor:
+    """See ``operators.assemble_grad_alpha``."""
+    if not _takes_triton(pieces, cells):
+        return products.assemble_grad_alpha(pieces, cells)
+    from .triton_assembly import assemble_grad_alpha as in_triton
+    return in_triton(pieces, cells)
+
+
+def assemble_grad_cells(pieces: Tensor, alpha: Tensor) -> Tensor:
+    """See ``operators.assemble_grad_cells``."""
+    if not _takes_triton(pieces, alpha):
+        return products.assemble_grad_cells(pieces, alpha)
+    from .triton_assembly import assemble_grad_cells as in_triton
+    return in_triton(pieces, alpha)
+
+
+def _takes_triton(*tensors: Tensor) -> bool:
+    if not _triton_is_wanted:
+        return False
+    if is_usable(*tensors):
+        return True
+    # Shown once: Python's own filter knows a place and a text.
+    warnings.warn(f'the Triton kernels were asked for but cannot take {tensors[0].device} tensors '
+                  f'of {tensors[0].dtype}, or Triton is not installed; torch computes instead',
+                  RuntimeWarning, stacklevel=3)
+    return False

@@ -1,0 +1,60 @@
+"""Where mixtures lie in a kernel: from a kernel to its pieces and back, without copying."""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def cut_kernel(kernel: Tensor, grid: Sequence[int], cell_shape: Sequence[int]) -> Tensor:
+    """Cuts kernels into the pieces that mixtures are, the inverse of ``assemble_kernel``.
+
+    Args:
+        kernel: ``(N, out, in / groups, *k)``.
+        grid: ``(S, OG, IG)``, positions and groups of cells that tile the kernel.
+        cell_shape: ``(c_out, c_in, *k)``.
+
+    Returns:
+        ``(N, S, OG, IG, c_out, c_in, prod(k of a cell))``; a view wherever the kernel's positions
+        can be counted with one stride.
+    """
+    num_positions, num_out_groups, num_in_groups = grid
+    c_out, c_in, *cell_kernel = cell_shape
+    # Either the positions or the cells' own extent is 1.
+    pieces = kernel.reshape(kernel.shape[0], num_out_groups, c_out, num_in_groups, c_in,
+                            num_positions, math.prod(cell_kernel))
+    return pieces.permute(0, 5, 1, 3, 2, 4, 6)
+
+
+def memory_shape(num_samples: int, grid: Sequence[int],
+                 cell_shape: Sequence[int]) -> tuple[int, ...]:
+    """The order in which kernels lie in memory.
+
+    Where the grid has positions it is ``(N, out, positions, in / groups)``, as mixtures come and
+    as channels-last convolutions read it; else ``(N, out, in / groups, positions)``.
+    """
+    num_positions, num_out_groups, num_in_groups = grid
+    c_out, c_in, *cell_kernel = cell_shape
+    out_channels, in_channels = num_out_groups * c_out, num_in_groups * c_in
+    if num_positions > 1:
+        return num_samples, out_channels, num_positions, in_channels
+    return num_samples, out_channels, in_channels, math.prod(cell_kernel)
+
+
+def view_as_kernel(memory: Tensor, grid: Sequence[int], kernel_size: Sequence[int]) -> Tensor:
+    """Kernels ``(N, out, in / groups, *k)`` in memory of ``memory_shape``."""
+    if grid[0] > 1 and memory.shape[3] > 1:
+        return positions_last(memory, kernel_size)
+    # Of one input channel both orders are the same; plain strides are then the ones that convolutions
+    # recognise as contiguous.
+    in_channels = memory.shape[3] if grid[0] > 1 else memory.shape[2]
+    return memory.view(*memory.shape[:2], in_channels, *kernel_size)
+
+
+def positions_last(memory: Tensor, kernel_size: Sequence[int]) -> Tensor:
+    """Kernels ``(N, out, in / groups, *k)`` in memory ``(N, out, prod(k), in / groups)``."""
+    kernel = memory.view(*memory.shape[:2], *kernel_size, memory.shape[3])
+    if 1 in (memory.shape[2], memory.shape[3]):
+        return kernel.view(*memory.shape[:2], memory.shape[3], *kernel_size)
+    return kernel.movedim(-1, 2)

@@ -1,0 +1,198 @@
+"""The operators of assembly, as PyTorch's dispatcher knows them.
+
+An operator has one schema, one rule for shapes, one gradient and one count of FLOPs, and an
+implementation for each kind of device. Compilers, tracers, transforms and modes see the operator;
+the dispatcher decides who computes it.
+
+Assembly is linear in the mixing weights and in the cells. So its two gradients are linear in what
+they take, and the gradients of these three are each other: derivatives of every order are here.
+
+Where torch has not what this takes, before 2.4, the functions of ``products`` serve under the same
+names, and torch differentiates them.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cpu, cuda, dispatch, products
+from .layout import cut_kernel, memory_shape, positions_last, view_as_kernel
+
+# Whether the dispatcher knows them.
+ARE_REGISTERED = dispatch.IS_POSSIBLE
+
+
+def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Sequence[int],
+             scale: Tensor | None = None) -> Tensor:
+    """Mixes cells to kernels (method, section 4); ``reference.assemble_kernel`` reads it out.
+
+    Args:
+        alpha: Mixing weights ``(N, m, n)``, of any floating-point dtype.
+        cells: ``(n, c_out, c_in, *k)``.
+        grid: ``(S, OG, IG)``, positions and groups of cells that tile the kernel; m in all.
+        kernel_size: Of the kernel.
+        scale: Factors of the output channels, ``(OG * c_out,)``, or None for 1. They get no
+            gradient.
+
+    Returns:
+        ``(N, OG * c_out, IG * c_in, *kernel_size)`` in the cells' dtype, new memory in the order
+        of ``layout.memory_shape``.
+    """
+    return _assemble(alpha, cells, grid, kernel_size, scale)
+
+
+def assemble_grad_alpha(pieces: Tensor, cells: Tensor) -> Tensor:
+    """``sum_d pieces[.., d] cells[j, d]``, the gradient of mixing weights.
+
+    Args:
+        pieces: Gradient of kernels as ``cut_kernel`` cuts it, any strides.
+        cells: ``(n, c_out, c_in, *k)``.
+
+    Returns:
+        ``(N, m, n)``, at least in single precision.
+    """
+    return _assemble_grad_alpha(pieces, cells)
+
+
+def assemble_grad_cells(pieces: Tensor, alpha: Tensor) -> Tensor:
+    """``sum_i alpha[i, j] pieces[i]``, the gradient of cells.
+
+    Args:
+        pieces: Gradient of kernels as ``cut_kernel`` cuts it, any strides.
+        alpha: ``(N, m, n)``.
+
+    Returns:
+        ``(n, c_out, c_in, prod(k))``, in the dtype of the pieces.
+    """
+    return _assemble_grad_cells(pieces, alpha)
+
+
+def mix_bases(weights: Tensor, scales: Tensor, bases: Tensor, mixtures: Tensor,
+              kernel_shape: Sequence[int]) -> Tensor:
+    """``scales[:, mixtures[b]] * (weights @ bases[b])`` for every block b; see ``kw_mm.ops.bases``.
+
+    Args:
+        weights: ``(N, H)``.
+        scales: ``(N, m)``.
+        bases: ``(B, H, width)``. They get no gradient.
+        mixtures: ``(B,)``, in int64.
+        kernel_shape: ``(C_out, C_in, *k)``.
+
+    Returns:
+        ``(N, *kernel_shape)`` in the bases' dtype, new memory in the order (N, C_out, k, C_in).
+    """
+    return _mix_bases(weights, scales, bases, mixtures, kernel_shape)
+
+
+if not ARE_REGISTERED:
+    _assemble, _assemble_grad_alpha = products.assemble, products.assemble_grad_alpha
+    _assemble_grad_cells, _mix_bases = products.assemble_grad_cells, products.mix_bases
+else:
+    # What is neither a CPU nor CUDA computes with torch's products as well.
+    _MODULES = dict(CompositeExplicitAutograd=products, CPU=cpu, CUDA=cuda)
+
+    # assemble
+
+    def _fake_assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int],
+                       kernel_size: Sequence[int], scale: Tensor | None) -> Tensor:
+        memory = cells.new_empty(memory_shape(alpha.shape[0], grid, cells.shape[1:]))
+        return view_as_kernel(memory, grid, kernel_size)
+
+    def _setup_assemble(ctx: Any, inputs: tuple) -> None:
+        alpha, cells, ctx.grid, _, scale = inputs
+        ctx.save_for_backward(alpha, cells, scale)
+
+    def _assemble_backward(ctx: Any, grad: Tensor) -> tuple:
+        alpha, cells, scale = ctx.saved_tensors
+        if ctx.needs_input_grad[4]:
+            raise RuntimeError('scale of kw_mm::assemble must not require a gradient, it has none')
+        if scale is not None:
+            grad = grad * scale.view(-1, *(1,) * (grad.dim() - 2))
+        pieces = cut_kernel(grad, ctx.grid, cells.shape[1:])
+        grad_alpha = grad_cells = None
+        if ctx.needs_input_grad[0]:
+            grad_alpha = assemble_grad_alpha(pieces, cells).to(alpha.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_cells = assemble_grad_cells(pieces, alpha).view(cells.shape)
+        return grad_alpha, grad_cells, None, None, None
+
+    # Its gradients
+
+    def _assemble_pieces(alpha: Tensor, cells: Tensor, grid: Sequence[int]) -> Tensor:
+        """Mixtures of cells as pieces, which is what both gradients take."""
+        cells = cells.flatten(3)
+        kernel = assemble(alpha, cells, grid, (grid[0] * cells.shape[3],))
+        return cut_kernel(kernel, grid, cells.shape[1:])
+
+    def _fake_grad_alpha(pieces: Tensor, cells: Tensor) -> Tensor:
+        dtype = torch.promote_types(pieces.dtype, torch.float32)
+        return pieces.new_empty(pieces.shape[0], math.prod(pieces.shape[1:4]), cells.shape[0],
+                                dtype=dtype)
+
+    def _setup_gradient(ctx: Any, inputs: tuple) -> None:
+        ctx.save_for_backward(*inputs)
+
+    def _grad_alpha_backward(ctx: Any, grad: Tensor) -> tuple:
+        pieces, cells = ctx.saved_tensors
+        grad_pieces = grad_cells = None
+        if ctx.needs_input_grad[0]:
+            grad_pieces = _assemble_pieces(grad, cells, pieces.shape[1:4]).to(pieces.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_cells = assemble_grad_cells(pieces, grad).view(cells.shape)
+        return grad_pieces, grad_cells
+
+    def _fake_grad_cells(pieces: Tensor, alpha: Tensor) -> Tensor:
+        return pieces.new_empty(alpha.shape[2], *pieces.shape[4:])
+
+    def _grad_cells_backward(ctx: Any, grad: Tensor) -> tuple:
+        pieces, alpha = ctx.saved_tensors
+        grad_pieces = grad_alpha = None
+        if ctx.needs_input_grad[0]:
+            grad_pieces = _assemble_pieces(alpha, grad, pieces.shape[1:4])
+        if ctx.needs_input_grad[1]:
+            grad_alpha = assemble_grad_alpha(pieces, grad).to(alpha.dtype)
+        return grad_pieces, grad_alpha
+
+    # mix_bases
+
+    def _fake_mix_bases(weights: Tensor, scales: Tensor, bases: Tensor, mixtures: Tensor,
+                        kernel_shape: Sequence[int]) -> Tensor:
+        out_channels, in_channels, *kernel_size = kernel_shape
+        memory = bases.new_empty(weights.shape[0], out_channels, math.prod(kernel_size),
+                                 in_channels)
+        return positions_last(memory, kernel_size)
+
+    def _setup_mix_bases(ctx: Any, inputs: tuple) -> None:
+        ctx.save_for_backward(*inputs[:4])
+
+    def _mix_bases_backward(ctx: Any, grad: Tensor) -> tuple:
+        weights, scales, bases, mixtures = ctx.saved_tensors
+        if ctx.needs_input_grad[2]:
+            raise RuntimeError('bases of kw_mm::mix_bases must not require a gradient, they have '
+                               'none')
+        grad = grad.flatten(3).transpose(2, 3).reshape(len(grad), len(bases), bases.shape[2])
+        # (B, N, H): what each block gives to the products of weights and scales.
+        products_ = grad.transpose(0, 1) @ bases.transpose(1, 2)
+        grad_weights = (products_ * scales.T[mixtures].unsqueeze(-1)).sum(0)
+        by_block = (products_ * weights).sum(-1).T.to(scales.dtype)
+        grad_scales = torch.zeros_like(scales).index_add(1, mixtures, by_block)
+        return grad_weights.to(weights.dtype), grad_scales, None, None, None
+
+    _assemble = dispatch.register(
+        'assemble(Tensor alpha, Tensor cells, SymInt[] grid, SymInt[] kernel_size, '
+        'Tensor? scale) -> Tensor',
+        _MODULES, _fake_assemble, _setup_assemble, _assemble_backward)
+    _assemble_grad_alpha = dispatch.register(
+        'assemble_grad_alpha(Tensor pieces, Tensor cells) -> Tensor',
+        _MODULES, _fake_grad_alpha, _setup_gradient, _grad_alpha_backward)
+    _assemble_grad_cells = dispatch.register(
+        'assemble_grad_cells(Tensor pieces, Tensor alpha) -> Tensor',
+        _MODULES, _fake_grad_cells, _setup_gradient, _grad_cells_backward)
+    _mix_bases = dispatch.register(
+        'mix_bases(Tensor weights, Tensor scales, Tensor bases, Tensor mixtures, '
+        'SymInt[] kernel_shape) -> Tensor',
+        _MODULES, _fake_mix_bases, _setup_mix_bases, _mix_bases_backward)

@@ -1,0 +1,112 @@
+"""What the operators compute, by torch's own products: on any device, in any precision.
+
+All of it is differentiable, so that it also serves where torch has no operators of ours.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .cell_storage import MIN_CELLS, stored_by_rows
+from .layout import memory_shape, positions_last, view_as_kernel
+
+# A product of few rows and a very wide matrix runs at a fraction of a CPU's rate. Cut into blocks
+# of at least so many columns it is a batch of products that stay in the cache, 2 to 4 times as
+# fast. Smaller cells are not worth it.
+BLOCK_WIDTH = 512
+MIN_BLOCKED_SIZE = 2**14
+# A kernel in blocks has to be copied into place. Where a single product is the kernel as it comes,
+# blocks pay as long as cells outnumber the product's rows by this.
+ROWS_TO_CELLS = 4
+# Columns summed over at a time by the gradient of the mixing weights, whose few results would
+# otherwise leave all threads but one idle.
+SUM_WIDTH = 2**14
+
+
+def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Sequence[int],
+             scale: Tensor | None = None) -> Tensor:
+    """See ``operators.assemble``."""
+    alpha = alpha.to(cells.dtype)
+    c_out, c_in = cells.shape[1:3]
+    alphas = alpha.flatten(0, 1)
+    # Whether mixtures one after the other, as a single product has them, are the kernel.
+    fits = grid[0] == grid[2] == 1 and scale is None
+    rows = c_out if _takes_one_product(cells, alphas.shape[0], fits) else _rows_per_block(cells)
+    blocks = cells.reshape(cells.shape[0], c_out // rows, -1).transpose(0, 1)
+    # (blocks, N, S, OG, IG, rows, c_in, k)
+    mixtures = _batch_product(alphas, blocks).view(
+        c_out // rows, alpha.shape[0], *grid, rows, c_in, math.prod(cells.shape[3:]))
+    if scale is not None:
+        mixtures = mixtures * scale.view(grid[1], -1, rows).permute(1, 0, 2)[
+            :, None, None, :, None, :, None, None]
+    # As in memory_shape.
+    order = (1, 3, 0, 5, 2, 4, 6, 7) if grid[0] > 1 else (1, 3, 0, 5, 4, 6, 2, 7)
+    memory = mixtures.permute(order).reshape(memory_shape(alpha.shape[0], grid, cells.shape[1:]))
+    return view_as_kernel(memory, grid, kernel_size)
+
+
+def assemble_grad_alpha(pieces: Tensor, cells: Tensor) -> Tensor:
+    """See ``operators.assemble_grad_alpha``."""
+    rows = pieces.reshape(math.prod(pieces.shape[:4]), math.prod(pieces.shape[4:]))
+    columns = cells.flatten(1)
+    if rows.dtype in (torch.float16, torch.bfloat16):
+        # So many terms overflow the one and drown in the other.
+        rows, columns = rows.float(), columns.float()
+    if rows.device.type != 'cpu' or rows.shape[1] % SUM_WIDTH:
+        sums = rows @ columns.T
+    else:
+        rows, columns = (t.reshape(len(t), -1, SUM_WIDTH).transpose(0, 1) for t in (rows, columns))
+        sums = (rows @ columns.transpose(1, 2)).sum(0)
+    return sums.view(pieces.shape[0], math.prod(pieces.shape[1:4]), cells.shape[0])
+
+
+def assemble_grad_cells(pieces: Tensor, alpha: Tensor) -> Tensor:
+    """See ``operators.assemble_grad_cells``."""
+    rows = pieces.reshape(math.prod(pieces.shape[:4]), math.prod(pieces.shape[4:]))
+    grads = alpha.flatten(0, 1).T.to(rows.dtype) @ rows
+    return grads.view(alpha.shape[2], *pieces.shape[4:])
+
+
+def mix_bases(weights: Tensor, scales: Tensor, bases: Tensor, mixtures: Tensor,
+              kernel_shape: Sequence[int]) -> Tensor:
+    """See ``operators.mix_bases``."""
+    # Few rows and a wide matrix, as in assembly, in blocks from the outset.
+    factors = scales.T[mixtures].unsqueeze(-1) * weights
+    mixed = _batch_product(factors.to(bases.dtype), bases).transpose(0, 1)
+    return bases_as_kernel(mixed, kernel_shape)
+
+
+def bases_as_kernel(mixed: Tensor, kernel_shape: Sequence[int]) -> Tensor:
+    """Kernels ``(N, *kernel_shape)`` of mixed bases ``(N, B, width)``."""
+    out_channels, in_channels, *kernel_size = kernel_shape
+    memory = mixed.reshape(mixed.shape[0], out_channels, math.prod(kernel_size), in_channels)
+    return positions_last(memory.contiguous(), kernel_size)
+
+
+def _batch_product(left: Tensor, right: Tensor) -> Tensor:
+    """``(R, n)``, or ``(B, R, n)``, times each of ``(B, n, width)``: ``(B, R, width)``."""
+    if right.shape[0] == 1:
+        return torch.matmul(left.flatten(0, -2), right[0]).unsqueeze(0)
+    return torch.bmm(left.expand(right.shape[0], -1, -1), right)
+
+
+def _takes_one_product(cells: Tensor, num_rows: int, fits: bool) -> bool:
+    """Whether blocks would not pay for a product of so many rows with cells."""
+    # On a GPU one product does; on the meta device it is the one that tools count.
+    if cells.device.type != 'cpu' or math.prod(cells.shape[1:]) < MIN_BLOCKED_SIZE:
+        return True
+    if stored_by_rows(cells):
+        return False
+    # Writing mixtures then takes longer than reading cells, and a single product may fit.
+    return len(cells) < MIN_CELLS or (fits and len(cells) < ROWS_TO_CELLS * num_rows)
+
+
+def _rows_per_block(cells: Tensor) -> int:
+    c_out, width = cells.shape[1], math.prod(cells.shape[2:])
+    if stored_by_rows(cells):
+        return 1
+    return next(rows for rows in range(1, c_out + 1)
+                if c_out % rows == 0 and (rows * width >= BLOCK_WIDTH or rows == c_out))
