@@ -21,12 +21,11 @@ def assemble_kernel(alpha: Tensor, cells: Tensor, grid: Sequence[int],
         cells: ``(n, c_out, c_in, *k)``.
         grid: ``(S, OG, IG)``.
         kernel_size: Of the kernel.
-        scale: Factors of the kernel's output channels, ``(OG * c_out,)``, which get no gradient;
-            None for 1.
+        scale: Factors of the kernel's output channels, ``(OG * c_out,)``, or None for 1.
 
     Returns:
         Kernels, ``(N, OG * c_out, IG * c_in, *kernel_size)``.
     """
-    if is_collected(cells):
+    if scale is None and is_collected(cells):
         return assemble_collected(alpha, cells, grid, kernel_size)
     return operators.assemble(alpha, autocast_to(cells), grid, kernel_size, scale)

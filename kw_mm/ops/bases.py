@@ -64,7 +64,7 @@ def mix_bases(hidden: Tensor, norms: Tensor, bases: Tensor, mixtures: Tensor,
     Args:
         hidden: h, not negative, ``(N, hidden)``.
         norms: ``|z_i|_1 + EPS``, ``(N, m)``.
-        bases: ``(B, hidden + 1, width)``; they get no gradient.
+        bases: ``(B, hidden + 1, width)``.
         mixtures: ``(B,)``.
         kernel_shape: ``(C_out, C_in / groups, *k)``.
 

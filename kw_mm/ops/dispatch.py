@@ -53,7 +53,8 @@ def register(schema: str, implementations: dict[str, ModuleType], fake: Callable
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Tensor:
             setup_context(ctx, args)
-            with torch._C._AutoDispatchBelowAutograd():
+            # Gradients are off in here, but the next level of transforms may want its own.
+            with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
                 return operator(*args)
 
     def autograd(*args: Any) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import cpu, cuda, dispatch, products
 from .layout import cut_kernel, memory_shape, positions_last, view_as_kernel
@@ -35,8 +36,7 @@ def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Seq
         cells: ``(n, c_out, c_in, *k)``.
         grid: ``(S, OG, IG)``, positions and groups of cells that tile the kernel; m in all.
         kernel_size: Of the kernel.
-        scale: Factors of the output channels, ``(OG * c_out,)``, or None for 1. They get no
-            gradient.
+        scale: Factors of the output channels, ``(OG * c_out,)``, or None for 1.
 
     Returns:
         ``(N, OG * c_out, IG * c_in, *kernel_size)`` in the cells' dtype, new memory in the order
@@ -78,7 +78,7 @@ def mix_bases(weights: Tensor, scales: Tensor, bases: Tensor, mixtures: Tensor,
     Args:
         weights: ``(N, H)``.
         scales: ``(N, m)``.
-        bases: ``(B, H, width)``. They get no gradient.
+        bases: ``(B, H, width)``.
         mixtures: ``(B,)``, in int64.
         kernel_shape: ``(C_out, C_in, *k)``.
 
@@ -103,13 +103,15 @@ else:
         return view_as_kernel(memory, grid, kernel_size)
 
     def _setup_assemble(ctx: Any, inputs: tuple) -> None:
-        alpha, cells, ctx.grid, _, scale = inputs
+        alpha, cells, ctx.grid, ctx.kernel_size, scale = inputs
         ctx.save_for_backward(alpha, cells, scale)
 
     def _assemble_backward(ctx: Any, grad: Tensor) -> tuple:
         alpha, cells, scale = ctx.saved_tensors
+        grad_scale = None
         if ctx.needs_input_grad[4]:
-            raise RuntimeError('scale of kw_mm::assemble must not require a gradient, it has none')
+            kernel = assemble(alpha, cells, ctx.grid, ctx.kernel_size)
+            grad_scale = (grad * kernel).transpose(0, 1).flatten(1).sum(1).to(scale.dtype)
         if scale is not None:
             grad = grad * scale.view(-1, *(1,) * (grad.dim() - 2))
         pieces = cut_kernel(grad, ctx.grid, cells.shape[1:])
@@ -118,7 +120,7 @@ else:
             grad_alpha = assemble_grad_alpha(pieces, cells).to(alpha.dtype)
         if ctx.needs_input_grad[1]:
             grad_cells = assemble_grad_cells(pieces, alpha).view(cells.shape)
-        return grad_alpha, grad_cells, None, None, None
+        return grad_alpha, grad_cells, None, None, grad_scale
 
     # Its gradients
 
@@ -171,16 +173,18 @@ else:
 
     def _mix_bases_backward(ctx: Any, grad: Tensor) -> tuple:
         weights, scales, bases, mixtures = ctx.saved_tensors
-        if ctx.needs_input_grad[2]:
-            raise RuntimeError('bases of kw_mm::mix_bases must not require a gradient, they have '
-                               'none')
         grad = grad.flatten(3).transpose(2, 3).reshape(len(grad), len(bases), bases.shape[2])
-        # (B, N, H): what each block gives to the products of weights and scales.
-        products_ = grad.transpose(0, 1) @ bases.transpose(1, 2)
-        grad_weights = (products_ * scales.T[mixtures].unsqueeze(-1)).sum(0)
-        by_block = (products_ * weights).sum(-1).T.to(scales.dtype)
-        grad_scales = torch.zeros_like(scales).index_add(1, mixtures, by_block)
-        return grad_weights.to(weights.dtype), grad_scales, None, None, None
+        # By block, (B, N, ...).
+        grad, by_block = grad.transpose(0, 1), scales.T[mixtures].unsqueeze(-1)
+        grad_bases = None
+        if ctx.needs_input_grad[2]:
+            grad_bases = (by_block * weights).transpose(1, 2).to(grad.dtype) @ grad
+        # What each block gives to the products of weights and scales.
+        shares = (grad @ bases.transpose(1, 2)).to(scales.dtype)
+        grad_weights = (shares * by_block).sum(0).to(weights.dtype)
+        grad_scales = torch.zeros_like(scales).index_add(
+            1, mixtures, (shares * weights).sum(-1).T.to(scales.dtype))
+        return grad_weights, grad_scales, grad_bases, None, None
 
     _assemble = dispatch.register(
         'assemble(Tensor alpha, Tensor cells, SymInt[] grid, SymInt[] kernel_size, '
@@ -196,3 +200,22 @@ else:
         'mix_bases(Tensor weights, Tensor scales, Tensor bases, Tensor mixtures, '
         'SymInt[] kernel_shape) -> Tensor',
         _MODULES, _fake_mix_bases, _setup_mix_bases, _mix_bases_backward)
+
+    # FLOPs, as torch counts them: multiplications and additions.
+
+    @register_flop_formula(torch.ops.kw_mm.assemble)
+    def _assemble_flops(alpha: Sequence[int], cells: Sequence[int], *_: Any, **__: Any) -> int:
+        return 2 * math.prod(alpha) * math.prod(cells[1:])
+
+    @register_flop_formula(torch.ops.kw_mm.assemble_grad_alpha)
+    def _grad_alpha_flops(pieces: Sequence[int], cells: Sequence[int], *_: Any, **__: Any) -> int:
+        return 2 * math.prod(pieces) * cells[0]
+
+    @register_flop_formula(torch.ops.kw_mm.assemble_grad_cells)
+    def _grad_cells_flops(pieces: Sequence[int], alpha: Sequence[int], *_: Any, **__: Any) -> int:
+        return 2 * math.prod(pieces) * alpha[2]
+
+    @register_flop_formula(torch.ops.kw_mm.mix_bases)
+    def _mix_bases_flops(weights: Sequence[int], scales: Sequence[int], bases: Sequence[int],
+                         *_: Any, **__: Any) -> int:
+        return 2 * weights[0] * math.prod(bases)

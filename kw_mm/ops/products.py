@@ -45,7 +45,7 @@ def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Seq
     # As in memory_shape.
     order = (1, 3, 0, 5, 2, 4, 6, 7) if grid[0] > 1 else (1, 3, 0, 5, 4, 6, 2, 7)
     memory = mixtures.permute(order).reshape(memory_shape(alpha.shape[0], grid, cells.shape[1:]))
-    return view_as_kernel(memory, grid, kernel_size)
+    return view_as_kernel(memory.contiguous(), grid, kernel_size)
 
 
 def assemble_grad_alpha(pieces: Tensor, cells: Tensor) -> Tensor:
@@ -58,7 +58,9 @@ def assemble_grad_alpha(pieces: Tensor, cells: Tensor) -> Tensor:
     if rows.device.type != 'cpu' or rows.shape[1] % SUM_WIDTH:
         sums = rows @ columns.T
     else:
-        rows, columns = (t.reshape(len(t), -1, SUM_WIDTH).transpose(0, 1) for t in (rows, columns))
+        num_parts = rows.shape[1] // SUM_WIDTH
+        rows, columns = (t.reshape(len(t), num_parts, SUM_WIDTH).transpose(0, 1)
+                         for t in (rows, columns))
         sums = (rows @ columns.transpose(1, 2)).sum(0)
     return sums.view(pieces.shape[0], math.prod(pieces.shape[1:4]), cells.shape[0])
 

@@ -54,7 +54,7 @@ def saved(module):
 @pytest.mark.parametrize('used', [False, True])
 def test_copies_stand_alone(model, kind, x, duplicate, used):
     original, _ = optimised_with(kind, model)
-    if used:  # its workspace has memory
+    if used:
         outputs(original, x)
     twin = duplicate(original)
     expected = outputs(original, x)

@@ -9,12 +9,16 @@ from hypothesis import strategies as st
 from parity import check, geometries, leaf
 
 from kw_mm import ops
-from kw_mm.ops import assembly, convolution, reference
+from kw_mm.ops import convolution, operators, products, reference
 
 
 def by_rows(cells):
     """The same cells, stored row by row as inference leaves them."""
     return cells.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+
+
+def uncollected(alpha, cells, *rest):
+    return operators.assemble(alpha, cells, *rest)
 
 
 def collected(alpha, cells, *rest):
@@ -25,18 +29,18 @@ def collected(alpha, cells, *rest):
 
 @settings(deadline=None, max_examples=120)
 @given(g=geometries(), width=st.integers(1, 20), sum_width=st.integers(1, 4),
-       rows_first=st.booleans(), function=st.sampled_from([ops.assemble_kernel, collected]))
+       rows_first=st.booleans(), function=st.sampled_from([uncollected, collected]))
 def test_assembly_in_blocks(g, width, sum_width, rows_first, function):
     # Blocks of one row, of several and of the whole cell; sums of one part and of several.
     torch.manual_seed(0)
     alpha = leaf(g['batch'], math.prod(g['grid']), g['num_cells'])
     cells = leaf(g['num_cells'], 6, *g['cell_shape'][1:])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assembly, 'MIN_BLOCKED_SIZE', 0)
-        patch.setattr(assembly, 'MIN_CELLS', 0)
-        patch.setattr(assembly, 'ROWS_TO_CELLS', 0)
-        patch.setattr(assembly, 'BLOCK_WIDTH', width)
-        patch.setattr(assembly, 'SUM_WIDTH', sum_width)
+        patch.setattr(products, 'MIN_BLOCKED_SIZE', 0)
+        patch.setattr(products, 'MIN_CELLS', 0)
+        patch.setattr(products, 'ROWS_TO_CELLS', 0)
+        patch.setattr(products, 'BLOCK_WIDTH', width)
+        patch.setattr(products, 'SUM_WIDTH', sum_width)
         check(function, reference.assemble_kernel, (alpha, by_rows(cells) if rows_first else cells),
               g['grid'], g['kernel_size'])
 
@@ -46,37 +50,12 @@ def test_assembly_in_blocks(g, width, sum_width, rows_first, function):
     ((3, 128, 128, 1, 1), (2, 1, 1), (1, 2)), ((2, 16, 1024, 1, 1), (1, 2, 1), (1, 1)),
     ((2, 43, 43, 3, 3), (1, 1, 1), (3, 3)), ((2, 127, 128, 1, 1), (1, 1, 2), (1, 1))])
 @pytest.mark.parametrize('rows_first', [False, True])
-@pytest.mark.parametrize('function', [ops.assemble_kernel, collected])
+@pytest.mark.parametrize('function', [uncollected, collected])
 def test_assembly_of_large_cells(shape, grid, kernel_size, rows_first, function):
     torch.manual_seed(0)
     alpha, cells = leaf(3, math.prod(grid), shape[0]), leaf(*shape)
     check(function, reference.assemble_kernel, (alpha, by_rows(cells) if rows_first else cells),
           grid, kernel_size)
-
-
-@settings(deadline=None, max_examples=60)
-@given(g=geometries(), width=st.integers(1, 20), rows_first=st.booleans(), given_out=st.booleans())
-def test_mixtures_fill_the_memory_they_are_given(g, width, rows_first, given_out):
-    torch.manual_seed(0)
-    alpha = torch.randn(g['batch'], math.prod(g['grid']), g['num_cells'])
-    cells = torch.randn(g['num_cells'], 6, *g['cell_shape'][1:])
-    outs = []
-
-    def make_out(shape):
-        outs.append(torch.full(shape, math.nan))
-        return outs[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assembly, 'MIN_BLOCKED_SIZE', 0)
-        patch.setattr(assembly, 'MIN_CELLS', 0)
-        patch.setattr(assembly, 'ROWS_TO_CELLS', 0)
-        patch.setattr(assembly, 'BLOCK_WIDTH', width)
-        mixtures = ops.mix_cells(alpha, by_rows(cells).detach() if rows_first else cells,
-                                 make_out=make_out if given_out else None)
-    expected = torch.einsum('bmn,noi...->bmoi...', alpha, cells)
-    torch.testing.assert_close(mixtures.flatten(2, 3), expected.flatten(4))
-    if given_out:
-        assert mixtures.untyped_storage().data_ptr() == outs[0].untyped_storage().data_ptr()
 
 
 @settings(deadline=None, max_examples=60)
@@ -121,11 +100,9 @@ def test_bases_give_the_kernels_of_the_attention(g, batch, hidden, scaled, dead,
     def kernels(weight, bias, cells, before, scale):
         logits = torch.einsum('mnh,bh->bmn', weight, before.relu()) + bias
         bases = ops.contract_bases(weight[:, :-1], bias[:, :-1], cells, grid, scale)
-        blocks = ops.mix_bases(before.relu(), ops.logit_norms(logits), bases,
-                               ops.block_mixtures(grid, cells.shape[1:]))
-        rows = blocks.reshape(batch, grid[1] * cells.shape[1], math.prod(g['kernel_size']),
-                              grid[2] * cells.shape[2])
-        return rows.transpose(2, 3).unflatten(3, g['kernel_size'])
+        return ops.mix_bases(
+            before.relu(), ops.logit_norms(logits), bases, ops.block_mixtures(grid, cells.shape[1:]),
+            (grid[1] * cells.shape[1], grid[2] * cells.shape[2], *g['kernel_size']))
 
     def literal(weight, bias, cells, before, scale):
         logits = torch.einsum('mnh,bh->bmn', weight, before.relu()) + bias
@@ -136,26 +113,11 @@ def test_bases_give_the_kernels_of_the_attention(g, batch, hidden, scaled, dead,
 
     with pytest.MonkeyPatch.context() as patch:
         if blocked:
-            patch.setattr(assembly, 'MIN_BLOCKED_SIZE', 0)
-            patch.setattr(assembly, 'MIN_CELLS', 0)
-            patch.setattr(assembly, 'ROWS_TO_CELLS', 0)
-            patch.setattr(assembly, 'BLOCK_WIDTH', 1)
+            patch.setattr(products, 'MIN_BLOCKED_SIZE', 0)
+            patch.setattr(products, 'MIN_CELLS', 0)
+            patch.setattr(products, 'ROWS_TO_CELLS', 0)
+            patch.setattr(products, 'BLOCK_WIDTH', 1)
         check(kernels, literal, (weight, bias, cells, before.requires_grad_(), scale))
-
-
-@pytest.mark.parametrize('batch', [0, 1, 3])
-@pytest.mark.parametrize('mixtures', [(0, 1, 2, 2, 1, 0), (2,)])
-@pytest.mark.filterwarnings('error')  # memory of another shape was resized, with a warning
-def test_mixed_bases_fill_the_memory_they_are_given(batch, mixtures):
-    torch.manual_seed(0)
-    mixtures = torch.tensor(mixtures)
-    hidden, norms = torch.rand(batch, 4), torch.rand(batch, 3) + 1
-    bases = torch.randn(len(mixtures), 5, 7)
-    expected = torch.einsum('bk,ukw->buw', torch.cat((hidden, torch.ones(batch, 1)), 1),
-                            bases) / norms[:, mixtures].unsqueeze(-1)
-    found = ops.mix_bases(hidden, norms, bases, mixtures,
-                          lambda shape: torch.full(shape, math.nan))
-    torch.testing.assert_close(found, expected)
 
 
 # Convolution.

@@ -1,31 +1,29 @@
-"""The compiled products equal torch's own, write all that is theirs and nothing else, and stand
-back from what they cannot see."""
+"""The compiled products equal torch's own, write all that is theirs and nothing else, and read no
+memory that is not as they expect it."""
 import math
 import platform
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import geometries
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import forward_ad
-from torch.utils.flop_counter import FlopCounterMode
 
 from kw_mm import ops
-from kw_mm.ops import cpu_products, reference
-from kw_mm.ops.backend import takes_cpu_products
+from kw_mm.ops import compiled, cpu, layout, operators, reference
 
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
 # All that this machine takes, not the best alone.
-SETS = list(cpu_products.INSTRUCTION_SETS)
+SETS = list(compiled.INSTRUCTION_SETS)
 SETS = SETS[SETS.index(CAPABILITY):] if CAPABILITY in SETS else []
 
 
 @pytest.fixture(params=SETS)
 def instruction_set(request, monkeypatch):
-    library = cpu_products.load(request.param)
-    monkeypatch.setattr(cpu_products, '_library', lambda: (request.param, library))
+    library = compiled.load(request.param)
+    monkeypatch.setattr(compiled, '_library', lambda: (request.param, library))
     return request.param
 
 
@@ -39,7 +37,7 @@ def few_threads():
 @pytest.mark.skipif(platform.machine() != 'x86_64' or not SETS, reason='written for such CPUs')
 def test_this_environment_has_them():
     # Else every other test would be of torch's products.
-    assert cpu_products.instruction_set() == CAPABILITY
+    assert compiled.instruction_set() == CAPABILITY
 
 
 def strided(draw, *shape):
@@ -48,6 +46,21 @@ def strided(draw, *shape):
     space = torch.full([size + gap for size, gap in zip(shape, gaps)], math.nan)
     view = space[tuple(slice(gap, None) for gap in gaps)]
     return space, view.copy_(torch.randn(shape))
+
+
+def anyhow(draw, *shape):
+    """The same in any strides: steps, another order of dimensions, rows that are one row."""
+    kind = draw(st.sampled_from(['rows', 'steps', 'permuted', 'expanded']))
+    if kind == 'rows':
+        return strided(draw, *shape)[1]
+    if kind == 'expanded':
+        dim = draw(st.integers(0, len(shape) - 1))
+        once = [1 if i == dim else size for i, size in enumerate(shape)]
+        return strided(draw, *once)[1].expand(shape)
+    if kind == 'permuted':
+        return strided(draw, *shape[::-1])[1].permute(*range(len(shape) - 1, -1, -1))
+    space = torch.full([2 * size for size in shape], math.nan)
+    return space[tuple(slice(None, None, 2) for _ in shape)].copy_(torch.randn(shape))
 
 
 def close(actual, exact, terms):
@@ -61,23 +74,22 @@ def close(actual, exact, terms):
        by_block=st.booleans(), scaled=st.booleans(), some=st.booleans())
 def test_mixtures(data, num_blocks, rows, num_cells, width, threads, by_block, scaled, some):
     torch.manual_seed(0)
-    index = torch.randperm(num_cells)[:data.draw(st.integers(1, num_cells))] if some else None
-    num_mixed = num_cells if index is None else len(index)
-    shape = (num_blocks, rows, num_mixed) if by_block else (rows, num_mixed)
-    alpha, blocks = strided(data.draw, *shape)[1], strided(
-        data.draw, num_blocks, num_cells, width)[1]
+    index = torch.randperm(num_cells)[:data.draw(st.integers(0, num_cells))] if some else None
+    shape = (num_blocks, rows, num_cells) if by_block else (rows, num_cells)
+    alpha, blocks = anyhow(data.draw, *shape), anyhow(data.draw, num_blocks, num_cells, width)
     scales = torch.randn(num_blocks, rows) if scaled else None
     space, out = strided(data.draw, num_blocks, rows, width)
     out.fill_(math.nan)
     num_gaps = space.numel() - out.numel()
-    exact = alpha.double() @ (blocks if index is None else blocks[:, index]).double()
+    exact = ((alpha if index is None else alpha[..., index]).double()
+             @ (blocks if index is None else blocks[:, index]).double())
     exact = exact if scales is None else exact * scales.double().unsqueeze(-1)
     for name in SETS:
         with pytest.MonkeyPatch.context() as patch:
-            library = cpu_products.load(name)
-            patch.setattr(cpu_products, '_library', lambda name=name, lib=library: (name, lib))
-            patch.setattr(cpu_products, '_num_threads', lambda work: threads)
-            assert cpu_products.mix_blocks(alpha, blocks, out, index, scales) is out
+            library = compiled.load(name)
+            patch.setattr(compiled, '_library', lambda name=name, lib=library: (name, lib))
+            patch.setattr(compiled, '_num_threads', lambda work: threads)
+            compiled.mix_blocks(alpha, blocks, out, index, scales)
         close(out, exact, num_cells)
         # All of the result is written and nothing beside it.
         assert space.isnan().sum() == num_gaps
@@ -88,14 +100,14 @@ def test_mixtures(data, num_blocks, rows, num_cells, width, threads, by_block, s
        size=st.integers(1, 100) | st.integers(2000, 9000), threads=st.integers(1, 3))
 def test_sums_of_products(data, rows, num_cells, size, threads):
     torch.manual_seed(0)
-    grads, cells = (strided(data.draw, count, size)[1] for count in (rows, num_cells))
+    grads, cells = (anyhow(data.draw, count, size) for count in (rows, num_cells))
     exact = grads.double() @ cells.double().T
     for name in SETS:
         with pytest.MonkeyPatch.context() as patch:
-            library = cpu_products.load(name)
-            patch.setattr(cpu_products, '_library', lambda name=name, lib=library: (name, lib))
-            patch.setattr(cpu_products, '_num_threads', lambda work: threads)
-            first, again = (cpu_products.sum_products(grads, cells) for _ in range(2))
+            library = compiled.load(name)
+            patch.setattr(compiled, '_library', lambda name=name, lib=library: (name, lib))
+            patch.setattr(compiled, '_num_threads', lambda work: threads)
+            first, again = (compiled.sum_products(grads, cells) for _ in range(2))
         close(first, exact, size)
         assert torch.equal(first, again)
 
@@ -105,21 +117,28 @@ def test_rows_in_several_dimensions(instruction_set):
     torch.manual_seed(0)
     alpha, blocks = torch.randn(2 * 3 * 2 * 2, 5), torch.randn(4, 5, 17)
     kernel = torch.full((2, 2, 4, 3, 2, 17), math.nan)
-    cpu_products.mix_blocks(alpha, blocks, kernel.permute(2, 0, 3, 1, 4, 5))
+    compiled.mix_blocks(alpha, blocks, kernel.permute(2, 0, 3, 1, 4, 5))
     exact = (alpha.double() @ blocks.double()).view(4, 2, 3, 2, 2, 17)
     close(kernel, exact.permute(1, 3, 0, 2, 4, 5), 5)
 
 
-def test_large_tensors_get_all_that_they_ask_for():
-    like = torch.zeros(1)
-    shape = 3, cpu_products.MIN_LARGE // 8 + 1
-    for _ in range(2):
-        out = cpu_products.large_empty(shape, like)
-        assert out.shape == shape and out.dtype == like.dtype and out.is_contiguous()
-        out.fill_(1)
-        assert out.sum(dtype=torch.float64) == out.numel()
-    meta = cpu_products.large_empty(shape, like.to('meta'))
-    assert meta.device.type == 'meta'
+@pytest.mark.parametrize('change, message', [
+    (dict(alpha=torch.ones(3, 4)), 'alpha'), (dict(alpha=torch.ones(1, 3, 5)), 'alpha'),
+    (dict(blocks=torch.ones(2, 4, 7)), 'alpha'), (dict(out=torch.ones(2, 3, 8)), 'out'),
+    (dict(out=torch.ones(2, 2, 7)), 'out'), (dict(out=torch.ones(2, 7, 3).mT), 'out'),
+    (dict(out=torch.ones(2, 3, 7).double()), 'out'), (dict(scales=torch.ones(3, 2)), 'scales'),
+    (dict(alpha=torch.ones(3, 5, device='meta')), 'alpha')])
+def test_what_does_not_fit_is_refused(change, message):
+    given = dict(alpha=torch.ones(3, 5), blocks=torch.ones(2, 5, 7), out=torch.ones(2, 3, 7))
+    compiled.mix_blocks(**given)
+    with pytest.raises(ValueError, match=f'^{message} must'):
+        compiled.mix_blocks(**{**given, **change})
+
+
+def test_an_index_out_of_range_is_refused():
+    with pytest.raises((IndexError, RuntimeError)):
+        compiled.mix_blocks(torch.ones(3, 5), torch.ones(2, 5, 7), torch.ones(2, 3, 7),
+                            torch.tensor([0, 5]))
 
 
 # Kernels, with the compiled products beside those of torch.
@@ -148,8 +167,8 @@ def calls(monkeypatch):
     """Which of the compiled products were called by assembly."""
     made = []
     for name in ('kw_mm_mix', 'kw_mm_sum_products'):
-        function = getattr(cpu_products._library()[1], name)
-        monkeypatch.setattr(cpu_products._library()[1], name, lambda *args, f=function, n=name: (
+        function = getattr(compiled._library()[1], name)
+        monkeypatch.setattr(compiled._library()[1], name, lambda *args, f=function, n=name: (
             made.append(n), f(*args)))
     return made
 
@@ -191,24 +210,43 @@ def test_assembly_of_any_geometry(g):
 
 
 @settings(deadline=None, max_examples=100)
-@given(g=geometries(), scaled=st.booleans(), rows_first=st.booleans(), given_out=st.booleans())
-def test_mixtures_in_place(g, scaled, rows_first, given_out):
+@given(data=st.data(), g=geometries(), scaled=st.booleans(), rows_first=st.booleans())
+def test_kernels_of_any_strides(data, g, scaled, rows_first):
     torch.manual_seed(0)
+    # Kernels of layers that read through folded norms, from cells stored as inference leaves them.
     grid, cell = g['grid'], (6, 16 * g['cell_shape'][1], *g['cell_shape'][2:])
-    alpha = torch.randn(g['batch'], math.prod(grid), g['num_cells'])
+    alpha = anyhow(data.draw, g['batch'], math.prod(grid), g['num_cells'])
     cells = torch.randn(g['num_cells'], *cell)
     if rows_first:
         cells = cells.transpose(0, 1).contiguous().transpose(0, 1)
     scale = torch.randn(grid[1] * 6) if scaled else None
-    assert ops.mixes_in_place(alpha, cells, (1, *grid[1:]))
-    assert not ops.mixes_in_place(alpha, cells[:, :, :0], grid)
-    kernel = ops.mix_in_place(
-        alpha, cells, grid, (lambda shape: torch.full(shape, math.nan)) if given_out else None,
-        scale)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, 'MIN_CELLS', 0)
+        kernel = operators.assemble(alpha, cells, grid, g['kernel_size'], scale)
     exact = reference.assemble_kernel(alpha.double(), cells.double(), grid, g['kernel_size'])
     if scaled:
         exact = exact * scale.double().view(-1, *(1,) * (exact.dim() - 2))
-    close(kernel, exact.flatten(3).transpose(2, 3), g['num_cells'])
+    close(kernel, exact, g['num_cells'])
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data(), g=geometries())
+def test_gradients_of_kernels_of_any_strides(data, g):
+    # One of rows that were no rows was read as if they were: gradients wrong by as much as they
+    # are large, and of an expanded one numbers from beyond its memory.
+    torch.manual_seed(0)
+    grid, cell = g['grid'], (4, 16 * g['cell_shape'][1], *g['cell_shape'][2:])
+    alpha = anyhow(data.draw, g['batch'], math.prod(grid), g['num_cells'])
+    cells = anyhow(data.draw, g['num_cells'], *cell)
+    grad = anyhow(data.draw, g['batch'], grid[1] * 4, grid[2] * cell[1], *g['kernel_size'])
+    pieces = layout.cut_kernel(grad, grid, cell)
+    rows = pieces.double().reshape(alpha.shape[0] * alpha.shape[1], -1 if alpha.numel() else 1)
+    if not alpha.numel():
+        return
+    close(operators.assemble_grad_alpha(pieces, cells).flatten(0, 1),
+          rows @ cells.double().flatten(1).T, rows.shape[1])
+    close(operators.assemble_grad_cells(pieces, alpha).flatten(1),
+          alpha.double().flatten(0, 1).T @ rows, len(rows))
 
 
 @pytest.mark.parametrize('batch', [0, 1, 3])
@@ -219,61 +257,51 @@ def test_bases_in_single_precision(batch, calls):
     bases = torch.randn(len(mixtures), 5, 33)
     exact = torch.einsum('bk,ukw->buw', torch.cat((hidden, torch.ones(batch, 1)), 1).double(),
                          bases.double()) / norms[:, mixtures].double().unsqueeze(-1)
-    found = ops.mix_bases(hidden, norms, bases, mixtures,
-                          lambda shape: torch.full(shape, math.nan))
-    close(found, exact, 5)
+    found = ops.mix_bases(hidden, norms, bases, mixtures, (2, 33, 3))
+    close(found.transpose(2, 3).flatten(1, 2), exact, 5)
     assert calls == ['kw_mm_mix'] * (batch > 0)
 
 
-# What they must leave to torch.
+# Which of them are used.
 
-def test_tensors_that_are_not_taken():
-    plain = torch.ones(2)
-    assert takes_cpu_products(plain, torch.nn.Parameter(plain, False))
-    for other in (plain.double(), plain.bfloat16(), plain.to('meta'), plain.to_sparse(),
-                  plain.clone().requires_grad_()):
-        assert not takes_cpu_products(plain, other)
-    with torch.no_grad():
-        assert takes_cpu_products(plain.clone().requires_grad_())
-    with FakeTensorMode() as mode:
-        assert not takes_cpu_products(mode.from_tensor(plain))
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16, torch.float16])
+def test_other_precisions_are_left_to_torch(dtype, calls):
+    alpha, cells = torch.randn(1, 2, 6, dtype=dtype), torch.randn(6, 8, 16, 1, 1, dtype=dtype)
+    ops.assemble_kernel(alpha, cells, (1, 2, 1), (1, 1))
+    assert not calls
 
 
-def test_whoever_watches_sees_torchs_products():
-    plain, taken = torch.ones(2), []
-
-    def ask(x):
-        taken.append(takes_cpu_products(plain))
-        return x * 2
-
-    with FlopCounterMode(display=False):
-        ask(plain)
-    torch.jit.trace(ask, plain, check_trace=False)
-    torch.func.vmap(ask)(torch.ones(2, 2))
-    torch.func.grad(lambda x: ask(x).sum())(plain)
-    with forward_ad.dual_level():
-        ask(plain)
-    assert taken == [False] * 5
-    ask(plain)
-    assert taken.pop()
+def without_library(monkeypatch, file):
+    monkeypatch.setattr(compiled, '__file__', str(file))
+    compiled._library.cache_clear()
 
 
-def test_flops_of_assembly_are_counted():
-    alpha, cells = torch.randn(1, 2, 6), torch.randn(6, 8, 16, 1, 1)
-    with FlopCounterMode(display=False) as counter:
-        ops.assemble_kernel(alpha, cells, (1, 2, 1), (1, 1))
-    assert counter.get_total_flops() == 2 * 2 * 6 * 8 * 16
+@pytest.fixture
+def fresh_library():
+    yield
+    compiled._library.cache_clear()
 
 
-def test_without_a_compiler_torch_serves(monkeypatch, tmp_path):
+def test_without_a_compiler_torch_serves(monkeypatch, tmp_path, fresh_library):
     torch.manual_seed(0)
     alpha, cells = torch.randn(1, 2, 6), torch.randn(6, 8, 16, 1, 1)
     kernel = ops.assemble_kernel(alpha, cells, (1, 2, 1), (1, 1))
-    monkeypatch.setattr(cpu_products, '__file__', str(tmp_path / 'cpu_products.py'))
-    cpu_products._library.cache_clear()
-    try:
-        assert cpu_products.instruction_set() is None
-        assert not takes_cpu_products(alpha)
-        close(ops.assemble_kernel(alpha, cells, (1, 2, 1), (1, 1)), kernel.double(), 6)
-    finally:
-        cpu_products._library.cache_clear()
+    without_library(monkeypatch, tmp_path / 'compiled.py')
+    assert compiled.instruction_set() is None
+    close(ops.assemble_kernel(alpha, cells, (1, 2, 1), (1, 1)), kernel.double(), 6)
+
+
+@pytest.mark.skipif(not SETS, reason='nothing is compiled for such CPUs')
+def test_what_was_compiled_from_another_source_is_refused(monkeypatch, tmp_path, fresh_library):
+    # After an update without a reinstall a structure that had changed was corrupted memory.
+    here = Path(compiled.__file__)
+    for file in here.parent.glob('_cpu_*.so'):
+        shutil.copy(file, tmp_path)
+    source = (here.parent / 'cpu.cpp').read_bytes()
+    (tmp_path / 'cpu.cpp').write_bytes(source.replace(b'\n', b'\r\n'))  # no change but of lines' ends
+    without_library(monkeypatch, tmp_path / 'compiled.py')
+    assert compiled.instruction_set() == CAPABILITY
+    (tmp_path / 'cpu.cpp').write_bytes(source + b'// changed')
+    without_library(monkeypatch, tmp_path / 'compiled.py')
+    with pytest.warns(RuntimeWarning, match='another version of kw_mm.*pip install'):
+        assert compiled.instruction_set() is None
