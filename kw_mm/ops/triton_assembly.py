@@ -1,6 +1,7 @@
 """Kernel assembly in Triton: mixtures go from the product straight to their final places.
 
-Compiled for GPUs and checked with Triton's interpreter; not run on a GPU yet.
+``cuda`` asks for these in the place of torch's products. Compiled for GPUs and checked with Triton's
+interpreter; not run on a GPU yet.
 
 A mixture is a row of alpha times the cells: few rows (samples times mixtures), very wide cells.
 So programs divide the columns (a column is one element of a cell), every program takes all
@@ -22,9 +23,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .triton_support import block, compute_dtype, dot_precision, register
+from .layout import cut_kernel, memory_shape, view_as_kernel
+from .triton_support import block, dot_precision
 
 # What varies from batch to batch and is not worth compiling again.
 UNSPECIALIZED = ['num_rows', 'num_mixtures', 'out_groups', 'in_groups']
@@ -183,13 +184,19 @@ class _Layout(NamedTuple):
     stride_p: int
 
     @classmethod
-    def of(cls, kernel: Tensor, cell_shape: Sequence[int], grid: Sequence[int]) -> _Layout:
-        num_cells, c_out, c_in, *cell_kernel = cell_shape
-        positions = math.prod(cell_kernel)
-        num_mixtures = math.prod(grid)
-        return cls(len(kernel) * num_mixtures, num_cells, c_out * c_in * positions, num_mixtures,
-                   grid[1], grid[2], c_out, c_in, c_in * positions, positions,
-                   *kernel.stride()[:3], _position_stride(kernel))
+    def of(cls, pieces: Tensor, num_cells: int) -> _Layout | None:
+        """Where pieces of kernels lie; None if that is not where the pieces of a kernel do."""
+        num_samples, num_positions, out_groups, in_groups, c_out, c_in, positions = pieces.shape
+        by_sample, by_place, by_out, by_in, stride_o, stride_i, by_position = pieces.stride()
+        stride_p = by_place if num_positions > 1 else by_position
+        for size, actual, expected in ((out_groups, by_out, c_out * stride_o),
+                                       (in_groups, by_in, c_in * stride_i)):
+            if size > 1 and actual != expected:
+                return None
+        num_mixtures = num_positions * out_groups * in_groups
+        return cls(num_samples * num_mixtures, num_cells, c_out * c_in * positions, num_mixtures,
+                   out_groups, in_groups, c_out, c_in, c_in * positions, positions, by_sample,
+                   stride_o, stride_i, stride_p)
 
     def options(self, dtype: torch.dtype, block_r: int, block_c: int, block_d: int) -> dict:
         """The kernels' constant arguments, and how to launch them."""
@@ -202,29 +209,79 @@ class _Layout(NamedTuple):
             BLOCK_D=block_d, num_warps=4, num_stages=2 if dtype == torch.float64 else 3)
 
 
-def _position_stride(kernel: Tensor) -> int | None:
-    """The step between neighbouring positions, row-major, or None if it varies."""
-    stride, expected = 0, None
-    for size, step in zip(reversed(kernel.shape[3:]), reversed(kernel.stride()[3:])):
-        if size == 1:
-            continue
-        if expected is None:
-            stride = step
-        elif step != expected:
-            return None
-        expected = step * size
-    return stride
+def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int],
+             kernel_size: Sequence[int]) -> Tensor:
+    """``operators.assemble`` without a scale; mixtures are written straight to their places.
+
+    Sums are in float32 (float64 for float64); float32 factors are rounded to TF32 where torch's own
+    products would round them. Equal inputs give equal bits. Cells may have up to 2^31 elements each.
+    """
+    dtype = cells.dtype
+    memory = torch.empty(memory_shape(len(alpha), grid, cells.shape[1:]), dtype=dtype,
+                         device=alpha.device)
+    kernel = view_as_kernel(memory, grid, kernel_size)
+    if kernel.numel() == 0:
+        return kernel
+    layout = _Layout.of(cut_kernel(kernel, grid, cells.shape[1:]), len(cells))
+    most, terms, block_d = _blocks(dtype, layout.num_columns)
+    block_r, block_c = block(layout.num_rows, 16, most), block(layout.num_cells, 16, terms)
+    column_blocks = triton.cdiv(layout.num_columns, block_d)
+    programs = _programs(triton.cdiv(layout.num_rows, block_r), column_blocks)
+    with torch.cuda.device_of(alpha):
+        _assemble_kernel[column_blocks, programs](
+            alpha.contiguous(), cells.contiguous(), kernel, *layout,
+            **layout.options(dtype, block_r, block_c, block_d))
+    return kernel
 
 
-def _new_kernel(alpha: Tensor, cell_shape: Sequence[int], grid: Sequence[int],
-                kernel_size: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An empty batch of kernels, in the memory format that convolutions read."""
-    out_channels, in_channels = grid[1] * cell_shape[1], grid[2] * cell_shape[2]
-    factory = dict(dtype=dtype, device=alpha.device)
-    if len(kernel_size) == 2 and math.prod(kernel_size) > 1:
-        kernel = torch.empty(len(alpha), out_channels, *kernel_size, in_channels, **factory)
-        return kernel.permute(0, 1, 4, 2, 3)
-    return torch.empty(len(alpha), out_channels, in_channels, *kernel_size, **factory)
+def assemble_grad_cells(pieces: Tensor, alpha: Tensor) -> Tensor:
+    """``operators.assemble_grad_cells``; gradients of kernels are read where they lie."""
+    cells = torch.empty(alpha.shape[2], *pieces.shape[4:], dtype=pieces.dtype,
+                        device=pieces.device)
+    if pieces.numel() == 0:
+        return cells.zero_()
+    pieces, layout = _laid_out(pieces, len(cells))
+    most, terms, block_d = _blocks(pieces.dtype, layout.num_columns)
+    block_r, block_c = block(layout.num_rows, 16, terms), block(layout.num_cells, 16, most)
+    column_blocks = triton.cdiv(layout.num_columns, block_d)
+    programs = _programs(triton.cdiv(layout.num_cells, block_c), column_blocks)
+    with torch.cuda.device_of(pieces):
+        _grad_cells_kernel[column_blocks, programs](
+            pieces, alpha.contiguous(), cells, *layout,
+            **layout.options(pieces.dtype, block_r, block_c, block_d))
+    return cells
+
+
+def assemble_grad_alpha(pieces: Tensor, cells: Tensor) -> Tensor:
+    """``operators.assemble_grad_alpha``; gradients of kernels are read where they lie."""
+    shape = pieces.shape[0], math.prod(pieces.shape[1:4]), len(cells)
+    factory = dict(dtype=torch.promote_types(pieces.dtype, torch.float32), device=pieces.device)
+    if pieces.numel() == 0:
+        return torch.zeros(shape, **factory)
+    pieces, layout = _laid_out(pieces, len(cells))
+    most, terms, _ = _blocks(pieces.dtype, layout.num_columns)
+    block_r, block_c = (block(layout.num_rows, 16, min(most, 64)),
+                        block(layout.num_cells, 16, most))
+    block_d = block(layout.num_columns, 16, terms)
+    tiles = triton.cdiv(layout.num_rows, block_r) * triton.cdiv(layout.num_cells, block_c)
+    # By shapes alone, and added up in a fixed order: the same bits every time.
+    splits = _programs(triton.cdiv(layout.num_columns, block_d), tiles)
+    partial = torch.empty(splits, *shape, **factory)
+    with torch.cuda.device_of(pieces):
+        _grad_alpha_kernel[tiles, splits](
+            pieces, cells.contiguous(), partial, *layout,
+            **layout.options(pieces.dtype, block_r, block_c, block_d))
+    return partial.sum(0) if splits > 1 else partial[0]
+
+
+def _laid_out(pieces: Tensor, num_cells: int) -> tuple[Tensor, _Layout]:
+    """Pieces that lie as those of a kernel do, copied if need be."""
+    layout = _Layout.of(pieces, num_cells)
+    if layout is None:
+        # (N, OG, c_out, IG, c_in, S, k) is a kernel in the order of its indices.
+        pieces = pieces.permute(0, 2, 4, 3, 5, 1, 6).contiguous().permute(0, 5, 1, 3, 2, 4, 6)
+        layout = _Layout.of(pieces, num_cells)
+    return pieces, layout
 
 
 def _blocks(dtype: torch.dtype, num_columns: int) -> tuple[int, int, int]:
@@ -243,123 +300,3 @@ def _blocks(dtype: torch.dtype, num_columns: int) -> tuple[int, int, int]:
 def _programs(tiles: int, others: int) -> int:
     """Programs to share tiles, beside ``others`` in the grid's other direction."""
     return max(min(tiles, NUM_PROGRAMS // max(others, 1)), 1)
-
-
-def _assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Sequence[int],
-              dtype: torch.dtype) -> Tensor:
-    kernel = _new_kernel(alpha, cells.shape, grid, kernel_size, dtype)
-    if kernel.numel() == 0:
-        return kernel
-    layout = _Layout.of(kernel, cells.shape, grid)
-    most, terms, block_d = _blocks(dtype, layout.num_columns)
-    block_r, block_c = block(layout.num_rows, 16, most), block(layout.num_cells, 16, terms)
-    column_blocks = triton.cdiv(layout.num_columns, block_d)
-    programs = _programs(triton.cdiv(layout.num_rows, block_r), column_blocks)
-    with torch.cuda.device_of(alpha):
-        _assemble_kernel[column_blocks, programs](
-            alpha.contiguous(), cells.contiguous(), kernel, *layout,
-            **layout.options(dtype, block_r, block_c, block_d))
-    return kernel
-
-
-def _grad_cells(grad: Tensor, alpha: Tensor, cell_shape: Sequence[int], grid: Sequence[int],
-                dtype: torch.dtype) -> Tensor:
-    cells = torch.empty(cell_shape, dtype=dtype, device=grad.device)
-    if grad.numel() == 0:
-        return cells.zero_()
-    layout = _Layout.of(grad, cell_shape, grid)
-    most, terms, block_d = _blocks(grad.dtype, layout.num_columns)
-    block_r, block_c = block(layout.num_rows, 16, terms), block(layout.num_cells, 16, most)
-    column_blocks = triton.cdiv(layout.num_columns, block_d)
-    programs = _programs(triton.cdiv(layout.num_cells, block_c), column_blocks)
-    with torch.cuda.device_of(grad):
-        _grad_cells_kernel[column_blocks, programs](
-            grad, alpha.contiguous(), cells, *layout,
-            **layout.options(grad.dtype, block_r, block_c, block_d))
-    return cells
-
-
-def _grad_alpha(grad: Tensor, cells: Tensor, grid: Sequence[int], dtype: torch.dtype) -> Tensor:
-    shape = (len(grad), math.prod(grid), len(cells))
-    if grad.numel() == 0:
-        return torch.empty(shape, dtype=dtype, device=grad.device)
-    layout = _Layout.of(grad, cells.shape, grid)
-    most, terms, _ = _blocks(grad.dtype, layout.num_columns)
-    block_r, block_c = (block(layout.num_rows, 16, min(most, 64)),
-                        block(layout.num_cells, 16, most))
-    block_d = block(layout.num_columns, 16, terms)
-    tiles = triton.cdiv(layout.num_rows, block_r) * triton.cdiv(layout.num_cells, block_c)
-    # By shapes alone, and added up in a fixed order: the same bits every time.
-    splits = _programs(triton.cdiv(layout.num_columns, block_d), tiles)
-    partial = torch.empty(splits, *shape, device=grad.device,
-                          dtype=torch.float64 if grad.dtype == torch.float64 else torch.float32)
-    with torch.cuda.device_of(grad):
-        _grad_alpha_kernel[tiles, splits](
-            grad, cells.contiguous(), partial, *layout,
-            **layout.options(grad.dtype, block_r, block_c, block_d))
-    return (partial.sum(0) if splits > 1 else partial[0]).to(dtype)
-
-
-register('assemble(Tensor alpha, Tensor cells, SymInt[] grid, SymInt[] kernel_size, '
-         'ScalarType dtype) -> Tensor', _assemble,
-         lambda alpha, cells, grid, kernel_size, dtype:
-         _new_kernel(alpha, cells.shape, grid, kernel_size, dtype))
-register('assemble_grad_cells(Tensor grad, Tensor alpha, SymInt[] cell_shape, SymInt[] grid, '
-         'ScalarType dtype) -> Tensor', _grad_cells,
-         lambda grad, alpha, cell_shape, grid, dtype: grad.new_empty(cell_shape, dtype=dtype))
-register('assemble_grad_alpha(Tensor grad, Tensor cells, SymInt[] grid, ScalarType dtype) '
-         '-> Tensor', _grad_alpha,
-         lambda grad, cells, grid, dtype:
-         grad.new_empty((len(grad), math.prod(grid), len(cells)), dtype=dtype))
-
-
-class _AssembleKernel(torch.autograd.Function):
-    """Autocast is dealt with before: the three operators are not subject to it."""
-
-    @staticmethod
-    def forward(ctx, alpha, cells, grid, kernel_size, dtype):
-        ctx.save_for_backward(alpha, cells)
-        ctx.grid = grid
-        return torch.ops.kw_mm.assemble(alpha, cells, grid, kernel_size, dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        alpha, cells = ctx.saved_tensors
-        if _position_stride(grad) is None:
-            grad = grad.contiguous()
-        grad_alpha = grad_cells = None
-        if ctx.needs_input_grad[0]:
-            grad_alpha = torch.ops.kw_mm.assemble_grad_alpha(grad, cells, ctx.grid, alpha.dtype)
-        if ctx.needs_input_grad[1]:
-            grad_cells = torch.ops.kw_mm.assemble_grad_cells(grad, alpha, cells.shape, ctx.grid,
-                                                             cells.dtype)
-        return grad_alpha, grad_cells, None, None, None
-
-
-def assemble_kernel(alpha: Tensor, cells: Tensor, grid: Sequence[int],
-                    kernel_size: Sequence[int]) -> Tensor:
-    """Mixes cells and writes the mixtures straight to their places; see ``reference``.
-
-    Sums are in float32 (float64 for float64); float32 factors are rounded to TF32 where torch's
-    own products would round them. Under autocast the kernels have its dtype, as a product
-    would; the gradients have the dtypes of ``alpha`` and ``cells``, and those of float32 cells
-    are not rounded on the way. Equal inputs give equal bits.
-
-    Args:
-        alpha: ``(N, m, n)``; N may be 0.
-        cells: ``(n, c_out, c_in, *k)``, 1 to 3 dimensions, with fewer than 2^31 elements in
-            each cell.
-        grid: ``(S, OG, IG)``.
-        kernel_size: Of the kernel.
-
-    Returns:
-        Kernels ``(N, OG * c_out, IG * c_in, *kernel_size)``. Those of 2 dimensions and more than
-        one position are channels-last in memory (input channels next to each other), all others
-        row-major.
-
-    Raises:
-        ValueError: If the dtypes of ``alpha`` and ``cells`` differ without autocast.
-    """
-    dtype = compute_dtype(alpha=alpha, cells=cells)
-    return _AssembleKernel.apply(alpha, cells, tuple(grid), tuple(kernel_size), dtype)
