@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from . import operators
+from . import dispatch, operators
 from .autocast import product_dtype
 from .layout import cut_kernel
 from .memory import large_empty
 
 logger = logging.getLogger(__name__)
 
-# Numbers between the rows of gathered gradients. Rows a power of two apart would all be after the
+# Numbers between the rows of gathered gradients. Rows a power of two apart would compete for the
 # same few places of a cache.
 ROW_GAP = 64
 
@@ -54,7 +54,7 @@ def collect_gradients(cells: Tensor) -> Tensor:
         The same values; ``cells`` itself where no gradient is asked for, or where more than torch's
         autograd is at work.
     """
-    if not (_is_eager() and cells.requires_grad and cells.is_leaf and torch.is_grad_enabled()
+    if not (torch.is_grad_enabled() and _is_eager() and cells.requires_grad and cells.is_leaf
             and type(cells) in (Tensor, nn.Parameter) and _is_autograd_alone()):
         return cells
     dtype = product_dtype(cells)
@@ -71,7 +71,8 @@ def collect_gradients(cells: Tensor) -> Tensor:
 
 def is_collected(cells: Tensor) -> bool:
     """Whether ``collect_gradients`` returned these cells, not as they were."""
-    return _is_eager() and isinstance(cells.grad_fn, CellGradients._backward_cls)
+    return (torch.is_grad_enabled() and _is_eager()
+            and isinstance(cells.grad_fn, CellGradients._backward_cls))
 
 
 def assemble_collected(alpha: Tensor, cells: Tensor, grid: Sequence[int],
@@ -186,7 +187,7 @@ def _leave_factors(collector: Any, alpha: Tensor, pieces: Tensor) -> Tensor:
 
 def _is_eager() -> bool:
     """Whether no compiler reads this code."""
-    return not (torch.jit.is_tracing() or _is_compiling())
+    return not (torch.jit.is_tracing() or dispatch.is_compiling())
 
 
 def _is_autograd_alone() -> bool:
@@ -194,10 +195,6 @@ def _is_autograd_alone() -> bool:
     return (_has_internals() and not torch._C._are_functorch_transforms_active()
             and torch._C._len_torch_dispatch_stack() == 0
             and getattr(forward_ad, '_current_level', 0) < 0)
-
-
-# In torch 2.1 and 2.2 this is the compiler's own question.
-_is_compiling = getattr(torch.compiler, 'is_compiling', None) or torch._dynamo.is_compiling
 
 
 @functools.lru_cache(maxsize=1)

@@ -199,7 +199,7 @@ def load(instruction_set: str) -> ctypes.CDLL | None:
 
 
 def source_hash() -> str:
-    """Of ``cpu.cpp`` as it lies beside this file, which ``setup.py`` compiles into what it makes."""
+    """Of ``cpu.cpp`` beside this file; ``setup.py`` puts it into what it compiles."""
     source = Path(__file__).with_name('cpu.cpp')
     if not source.is_file():
         return 'missing'

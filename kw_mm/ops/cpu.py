@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import compiled, products
-from .cell_storage import MIN_CELLS, stored_by_rows
-from .layout import memory_shape, view_as_kernel
+from .cell_storage import stored_by_rows
+from .layout import has_positions_last, memory_shape, view_as_kernel
 from .memory import large_empty, reused_empty
 
 
@@ -21,7 +21,7 @@ def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Seq
         return products.assemble(alpha, cells, grid, kernel_size, scale)
     c_out = cells.shape[1]
     num_samples, (num_positions, num_out_groups, num_in_groups) = alpha.shape[0], grid
-    memory = reused_empty(memory_shape(num_samples, grid, cells.shape[1:]), cells.dtype)
+    memory = reused_empty(memory_shape(num_samples, grid, cells.shape), cells.dtype)
     # (c_out, N, S, OG, IG, width), in the order of alpha but for the rows of a cell.
     places = memory.view(num_samples, num_out_groups, c_out, num_positions, num_in_groups,
                          math.prod(cells.shape[2:])).permute(2, 0, 3, 1, 4, 5)
@@ -34,7 +34,7 @@ def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Seq
         places, blocks = places.permute(1, 2, 3, 4, 0, 5).flatten(4).unsqueeze(0), cells.flatten(
             1).unsqueeze(0)
     compiled.mix_blocks(alpha.flatten(0, 1), blocks, places, scales=scales)
-    return view_as_kernel(memory, grid, kernel_size)
+    return view_as_kernel(memory, grid, cells.shape, kernel_size)
 
 
 def assemble_grad_alpha(pieces: Tensor, cells: Tensor) -> Tensor:
@@ -75,9 +75,9 @@ def mix_bases(weights: Tensor, scales: Tensor, bases: Tensor, mixtures: Tensor,
 
 def _pays(cells: Tensor, grid: Sequence[int]) -> bool:
     """Whether the compiled products are the faster way to mix such cells."""
-    # With few cells, writing the mixtures dominates the cost, and positions have to be moved again.
-    is_short = grid[0] > 1 and len(cells) < MIN_CELLS
-    return math.prod(cells.shape[2:]) >= compiled.MIN_WIDTH and not is_short
+    # What is not written in the order in which mixtures come, they do not write faster.
+    return (math.prod(cells.shape[2:]) >= compiled.MIN_WIDTH
+            and (grid[0] == 1 or has_positions_last(grid, cells.shape)))
 
 
 def _sum_active(weights: Tensor, scales: Tensor, bases: Tensor, active: Tensor) -> Tensor:

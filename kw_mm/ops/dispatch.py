@@ -22,6 +22,9 @@ _NEEDED = ((torch.library, 'register_fake'), (torch._C, '_AutoDispatchBelowAutog
 
 IS_POSSIBLE = all(hasattr(place, name) for place, name in _NEEDED)
 
+# In torch 2.1 and 2.2 this is the compiler's own question.
+is_compiling = getattr(torch.compiler, 'is_compiling', None) or torch._dynamo.is_compiling
+
 _library = torch.library.Library('kw_mm', 'DEF') if IS_POSSIBLE else None
 
 
@@ -38,7 +41,7 @@ def register(schema: str, implementations: dict[str, ModuleType], fake: Callable
         backward: Takes the context and the gradient of the result. Returns those of all arguments.
 
     Returns:
-        The operator.
+        A function that calls the operator.
     """
     name = schema[:schema.index('(')]
     _library.define(schema, tags=[torch.Tag.pt2_compliant_tag])
@@ -71,4 +74,13 @@ def register(schema: str, implementations: dict[str, ModuleType], fake: Callable
     Recorded.backward = staticmethod(backward)
     Recorded.__name__ = f'kw_mm_{name}'
     _library.impl(name, autograd, 'Autograd')
-    return operator
+
+    def call(*args: Any) -> Tensor:
+        if (torch.is_grad_enabled() or is_compiling()
+                or torch._C._are_functorch_transforms_active()):
+            return operator(*args)
+        # Past autograd, which would come back to Python only to find that it has nothing to do.
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
+
+    return call

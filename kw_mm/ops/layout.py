@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from .cell_storage import MIN_CELLS
+
 
 def cut_kernel(kernel: Tensor, grid: Sequence[int], cell_shape: Sequence[int]) -> Tensor:
     """Cuts kernels into the pieces that mixtures are, the inverse of ``assemble_kernel``.
@@ -28,33 +30,43 @@ def cut_kernel(kernel: Tensor, grid: Sequence[int], cell_shape: Sequence[int]) -
 
 
 def memory_shape(num_samples: int, grid: Sequence[int],
-                 cell_shape: Sequence[int]) -> tuple[int, ...]:
+                 cells_shape: Sequence[int]) -> tuple[int, ...]:
     """The order in which kernels lie in memory.
 
-    Where the grid has positions it is ``(N, out, positions, in / groups)``, as mixtures come and
-    as channels-last convolutions read it; else ``(N, out, in / groups, positions)``.
+    Args:
+        num_samples: Kernels, N.
+        grid: ``(S, OG, IG)``.
+        cells_shape: ``(n, c_out, c_in, *k)``.
+
+    Returns:
+        ``(N, out, positions, in / groups)``, as mixtures of single positions come and as
+        channels-last convolutions read them; else, and where cells are so few that putting their
+        mixtures into another order costs little, ``(N, out, in / groups, positions)``.
     """
     num_positions, num_out_groups, num_in_groups = grid
-    c_out, c_in, *cell_kernel = cell_shape
+    c_out, c_in, *cell_kernel = cells_shape[1:]
     out_channels, in_channels = num_out_groups * c_out, num_in_groups * c_in
-    if num_positions > 1:
+    if has_positions_last(grid, cells_shape):
         return num_samples, out_channels, num_positions, in_channels
-    return num_samples, out_channels, in_channels, math.prod(cell_kernel)
+    return num_samples, out_channels, in_channels, num_positions * math.prod(cell_kernel)
 
 
-def view_as_kernel(memory: Tensor, grid: Sequence[int], kernel_size: Sequence[int]) -> Tensor:
+def has_positions_last(grid: Sequence[int], cells_shape: Sequence[int]) -> bool:
+    """Whether kernels lie in memory position before input channel."""
+    return grid[0] > 1 and cells_shape[0] >= MIN_CELLS
+
+
+def view_as_kernel(memory: Tensor, grid: Sequence[int], cells_shape: Sequence[int],
+                   kernel_size: Sequence[int]) -> Tensor:
     """Kernels ``(N, out, in / groups, *k)`` in memory of ``memory_shape``."""
-    if grid[0] > 1 and memory.shape[3] > 1:
+    if has_positions_last(grid, cells_shape):
         return positions_last(memory, kernel_size)
-    # Of one input channel both orders are the same; plain strides are then the ones that convolutions
-    # recognise as contiguous.
-    in_channels = memory.shape[3] if grid[0] > 1 else memory.shape[2]
-    return memory.view(*memory.shape[:2], in_channels, *kernel_size)
+    return memory.view(*memory.shape[:3], *kernel_size)
 
 
 def positions_last(memory: Tensor, kernel_size: Sequence[int]) -> Tensor:
     """Kernels ``(N, out, in / groups, *k)`` in memory ``(N, out, prod(k), in / groups)``."""
-    kernel = memory.view(*memory.shape[:2], *kernel_size, memory.shape[3])
-    if 1 in (memory.shape[2], memory.shape[3]):
-        return kernel.view(*memory.shape[:2], memory.shape[3], *kernel_size)
-    return kernel.movedim(-1, 2)
+    if 1 in memory.shape[2:]:
+        # Both orders are the same; plain strides are those that convolutions know as contiguous.
+        return memory.view(*memory.shape[:2], memory.shape[3], *kernel_size)
+    return memory.view(*memory.shape[:2], *kernel_size, memory.shape[3]).movedim(-1, 2)

@@ -99,8 +99,8 @@ else:
 
     def _fake_assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int],
                        kernel_size: Sequence[int], scale: Tensor | None) -> Tensor:
-        memory = cells.new_empty(memory_shape(alpha.shape[0], grid, cells.shape[1:]))
-        return view_as_kernel(memory, grid, kernel_size)
+        memory = cells.new_empty(memory_shape(alpha.shape[0], grid, cells.shape))
+        return view_as_kernel(memory, grid, cells.shape, kernel_size)
 
     def _setup_assemble(ctx: Any, inputs: tuple) -> None:
         alpha, cells, ctx.grid, ctx.kernel_size, scale = inputs

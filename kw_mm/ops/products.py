@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .cell_storage import MIN_CELLS, stored_by_rows
-from .layout import memory_shape, positions_last, view_as_kernel
+from .layout import has_positions_last, memory_shape, positions_last, view_as_kernel
 
 # A product of few rows and a very wide matrix runs at a fraction of a CPU's rate. Cut into blocks
 # of at least so many columns it is a batch of products that stay in the cache, 2 to 4 times as
@@ -43,9 +43,10 @@ def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Seq
         mixtures = mixtures * scale.view(grid[1], -1, rows).permute(1, 0, 2)[
             :, None, None, :, None, :, None, None]
     # As in memory_shape.
-    order = (1, 3, 0, 5, 2, 4, 6, 7) if grid[0] > 1 else (1, 3, 0, 5, 4, 6, 2, 7)
-    memory = mixtures.permute(order).reshape(memory_shape(alpha.shape[0], grid, cells.shape[1:]))
-    return view_as_kernel(memory.contiguous(), grid, kernel_size)
+    is_last = has_positions_last(grid, cells.shape)
+    order = (1, 3, 0, 5, 2, 4, 6, 7) if is_last else (1, 3, 0, 5, 4, 6, 2, 7)
+    memory = mixtures.permute(order).reshape(memory_shape(alpha.shape[0], grid, cells.shape))
+    return view_as_kernel(memory.contiguous(), grid, cells.shape, kernel_size)
 
 
 def assemble_grad_alpha(pieces: Tensor, cells: Tensor) -> Tensor:

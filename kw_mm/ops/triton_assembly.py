@@ -1,7 +1,7 @@
 """Kernel assembly in Triton: mixtures go from the product straight to their final places.
 
-``cuda`` asks for these in the place of torch's products. Compiled for GPUs and checked with Triton's
-interpreter; not run on a GPU yet.
+``cuda`` asks for these in the place of torch's products. Compiled for GPUs and checked with
+Triton's interpreter; not run on a GPU yet.
 
 A mixture is a row of alpha times the cells: few rows (samples times mixtures), very wide cells.
 So programs divide the columns (a column is one element of a cell), every program takes all
@@ -214,12 +214,12 @@ def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int],
     """``operators.assemble`` without a scale; mixtures are written straight to their places.
 
     Sums are in float32 (float64 for float64); float32 factors are rounded to TF32 where torch's own
-    products would round them. Equal inputs give equal bits. Cells may have up to 2^31 elements each.
+    products would be. Equal inputs give equal bits. A cell may have up to 2^31 elements.
     """
     dtype = cells.dtype
-    memory = torch.empty(memory_shape(len(alpha), grid, cells.shape[1:]), dtype=dtype,
+    memory = torch.empty(memory_shape(len(alpha), grid, cells.shape), dtype=dtype,
                          device=alpha.device)
-    kernel = view_as_kernel(memory, grid, kernel_size)
+    kernel = view_as_kernel(memory, grid, cells.shape, kernel_size)
     if kernel.numel() == 0:
         return kernel
     layout = _Layout.of(cut_kernel(kernel, grid, cells.shape[1:]), len(cells))

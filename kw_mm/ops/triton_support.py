@@ -50,12 +50,12 @@ def block(size: int, least: int, most: int) -> int:
     return min(max(1 << (size - 1).bit_length(), least), most)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _is_installed() -> bool:
     return find_spec('triton') is not None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _is_interpreted() -> bool:
     if os.environ.get('TRITON_INTERPRET', '0') == '0':
         return False  # and Triton, slow to import, is not needed on a CPU
@@ -64,6 +64,6 @@ def _is_interpreted() -> bool:
     return not isinstance(triton.language.cdiv, triton.runtime.JITFunction)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)

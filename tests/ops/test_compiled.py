@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from parity import geometries
 
 from kw_mm import ops
-from kw_mm.ops import compiled, cpu, layout, operators, reference
+from kw_mm.ops import compiled, layout, operators, reference
 
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
 # All that this machine takes, not the best alone.
@@ -221,7 +221,7 @@ def test_kernels_of_any_strides(data, g, scaled, rows_first):
         cells = cells.transpose(0, 1).contiguous().transpose(0, 1)
     scale = torch.randn(grid[1] * 6) if scaled else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, 'MIN_CELLS', 0)
+        patch.setattr(layout, 'MIN_CELLS', 0)
         kernel = operators.assemble(alpha, cells, grid, g['kernel_size'], scale)
     exact = reference.assemble_kernel(alpha.double(), cells.double(), grid, g['kernel_size'])
     if scaled:
@@ -298,7 +298,8 @@ def test_what_was_compiled_from_another_source_is_refused(monkeypatch, tmp_path,
     for file in here.parent.glob('_cpu_*.so'):
         shutil.copy(file, tmp_path)
     source = (here.parent / 'cpu.cpp').read_bytes()
-    (tmp_path / 'cpu.cpp').write_bytes(source.replace(b'\n', b'\r\n'))  # no change but of lines' ends
+    # Ends of lines are no change.
+    (tmp_path / 'cpu.cpp').write_bytes(source.replace(b'\n', b'\r\n'))
     without_library(monkeypatch, tmp_path / 'compiled.py')
     assert compiled.instruction_set() == CAPABILITY
     (tmp_path / 'cpu.cpp').write_bytes(source + b'// changed')

@@ -1,5 +1,5 @@
-"""The operators as the dispatcher knows them: shapes and strides, gradients of every order, compilers,
-tracers, transforms, modes and counters."""
+"""The operators as the dispatcher knows them: shapes and strides, gradients of every order,
+compilers, tracers, transforms, modes and counters."""
 import math
 
 import pytest
@@ -16,9 +16,12 @@ from kw_mm.ops.layout import cut_kernel
 
 # Grid, kernel size, shape of the cells: positions in the grid, in the cells, in neither.
 SIZES = {
-    'spatial': ((9, 2, 1), (3, 3), (3, 2, 4, 1, 1)), 'whole': ((1, 1, 2), (3, 3), (3, 2, 4, 3, 3)),
-    'pointwise': ((1, 2, 2), (1, 1), (3, 2, 4, 1, 1)), 'depthwise': ((4, 2, 1), (2, 2), (3, 4, 1, 1, 1)),
-    '1-d': ((3, 1, 2), (3,), (3, 2, 4, 1)), '3-d': ((2, 2, 1), (1, 2, 1), (3, 2, 4, 1, 1, 1)),
+    'spatial': ((9, 2, 1), (3, 3), (3, 2, 4, 1, 1)),
+    'whole': ((1, 1, 2), (3, 3), (3, 2, 4, 3, 3)),
+    'pointwise': ((1, 2, 2), (1, 1), (3, 2, 4, 1, 1)),
+    'depthwise': ((4, 2, 1), (2, 2), (3, 4, 1, 1, 1)),
+    '1-d': ((3, 1, 2), (3,), (3, 2, 4, 1)),
+    '3-d': ((2, 2, 1), (1, 2, 1), (3, 2, 4, 1, 1, 1)),
     'large': ((9, 1, 1), (3, 3), (33, 4, 16, 1, 1)),
 }
 
@@ -97,8 +100,9 @@ def test_kernels_lie_in_memory_as_compilers_expect(g, scaled, dtype, compiled):
     finally:
         ops.use_cpu_products()
     with FakeTensorMode() as mode:
-        fake = operators.assemble(*(mode.from_tensor(t) for t in (alpha, cells)), g['grid'],
-                                  g['kernel_size'], None if scale is None else mode.from_tensor(scale))
+        alpha, cells, scale = (t if t is None else mode.from_tensor(t)
+                               for t in (alpha, cells, scale))
+        fake = operators.assemble(alpha, cells, g['grid'], g['kernel_size'], scale)
     assert kernel.shape == fake.shape and kernel.dtype == fake.dtype
     assert kernel.stride() == fake.stride()
 
