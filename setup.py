@@ -62,7 +62,7 @@ def cpu_products() -> list[Extension]:
     built_from = hashlib.sha256(b'\n'.join((ROOT / source).read_bytes().splitlines())).hexdigest()
     return [Extension(f'kw_mm.ops._cpu_{name}', [str(source)],
                       define_macros=[('KW_MM_BUILT_FROM', f'"{built_from[:16]}"')],
-                      extra_compile_args=['-O3', '-std=c++14', '-fopenmp', *flags],
+                      extra_compile_args=['-O3', '-g0', '-std=c++14', '-fopenmp', *flags],
                       extra_link_args=['-fopenmp'], optional=True)
             for name, flags in options.items()]
 

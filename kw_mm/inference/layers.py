@@ -19,6 +19,7 @@ from ..ops import (
     mix_bases,
     mixing_weights,
 )
+from ..ops.autocast import product_dtype
 
 KWConv = Union[KWConv1d, KWConv2d, KWConv3d]
 
@@ -102,13 +103,14 @@ class OptimizedConv(nn.Module):
             gradients) and the place of its cells.
         affine: A norm behind the convolution that is folded into it.
         use_bases: Whether to compute bases.
+        storage_dtype: In which to keep them; by default the cells'.
     """
 
     transposed = False  # read by mmcv.cnn.ConvModule
     has_fixed_temperature = True  # read by set_temperature
 
-    def __init__(self, conv: KWConv, affine: Affine | None = None,
-                 use_bases: bool = False) -> None:
+    def __init__(self, conv: KWConv, affine: Affine | None = None, use_bases: bool = False,
+                 storage_dtype: torch.dtype | None = None) -> None:
         super().__init__()
         for name in ('num_dims', 'in_channels', 'out_channels', 'kernel_size', 'stride', 'padding',
                      'dilation', 'groups', 'padding_mode', 'pads', 'output_padding', 'plan'):
@@ -127,7 +129,8 @@ class OptimizedConv(nn.Module):
         bias = None if bias is None else bias.detach().clone()
         self.register_buffer('scale', scale)
         self.register_buffer('bias', bias)
-        self.register_buffer('bases', self._contract() if use_bases else None)
+        self.register_buffer(
+            'bases', self._contract().to(storage_dtype or dtype) if use_bases else None)
         self.register_buffer('mixtures', block_mixtures(
             self.plan.grid, self.plan.cell_shape).to(conv.cells.device) if use_bases else None,
             persistent=False)
@@ -165,12 +168,15 @@ class OptimizedConv(nn.Module):
 
     def kernel(self, x: Tensor) -> Tensor:
         """The kernels for an input ``(N, C_in, *spatial)``: ``(N, C_out, C_in / groups, *k)``."""
+        # What kernels come from may be stored in less precision.
+        dtype = product_dtype(x)
         if self.bases is None:
             return assemble_kernel(self.attention(x), self.manager.cells(self.plan.warehouse),
-                                   self.plan.grid, self.kernel_size, self.scale)
+                                   self.plan.grid, self.kernel_size, self.scale, dtype)
         hidden = self.attention.hidden(x)
-        norms = logit_norms(self.attention.logits(hidden)).to(hidden.dtype)
-        return mix_bases(hidden, norms, self.bases, self.mixtures, self.plan.spec.weight_shape)
+        norms = logit_norms(self.attention.logits(hidden))
+        return mix_bases(hidden, norms, self.bases, self.mixtures, self.plan.spec.weight_shape,
+                         dtype)
 
     @torch.no_grad()
     def _contract(self) -> Tensor:

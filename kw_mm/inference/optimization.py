@@ -74,8 +74,8 @@ class OptimizationReport:
 
 
 @torch.no_grad()
-def optimize_for_inference_(module: nn.Module,
-                            memory_budget: int | None = None) -> OptimizationReport:
+def optimize_for_inference_(module: nn.Module, memory_budget: int | None = None,
+                            storage_dtype: torch.dtype | None = None) -> OptimizationReport:
     """Computes once, in place, what is the same for every image; outputs stay what they were.
 
     The module is set to evaluation and cannot be trained any more: optimize a copy
@@ -90,22 +90,32 @@ def optimize_for_inference_(module: nn.Module,
     Args:
         module: Any module with KW layers inside, in any precision.
         memory_budget: Bytes that all bases together may take, at least 0; 1.5 GiB by default.
+        storage_dtype: ``torch.bfloat16`` to keep bases and cells in half the memory, which small
+            images are spent on reading. Their mixtures are summed up in the module's own precision,
+            but outputs are no longer exact (docs/performance.md). None leaves them as they are.
 
     Returns:
         What was done; prints as a table. Empty if all KW layers were optimized before.
 
     Raises:
         TypeError: If ``memory_budget`` is not an integer.
-        ValueError: If it is negative, there is no KW layer in the module, or the module is itself
-            one, which cannot be replaced in place.
+        ValueError: If it is negative, ``storage_dtype`` is another dtype or not narrower than the
+            cells', there is no KW layer in the module, or the module is itself one, which cannot be
+            replaced in place.
     """
     budget = _check_budget(memory_budget)
+    if storage_dtype not in (None, torch.bfloat16):
+        raise ValueError(f'storage_dtype must be torch.bfloat16 or None, got {storage_dtype!r}')
     if isinstance(module, KW_CONVS):
         raise ValueError(f'module must contain KW layers, not be one, got a '
                          f'{type(module).__name__}; put it into an nn.Sequential')
     found = {name: layer for name, layer in module.named_modules() if isinstance(layer, KW_CONVS)}
     if not found and not any(isinstance(m, OptimizedConv) for m in module.modules()):
         raise ValueError(f'module must contain KW layers, got a {type(module).__name__} without')
+    narrow = {conv.cells.dtype for conv in found.values() if conv.cells.itemsize <= 2}
+    if storage_dtype is not None and narrow:
+        raise ValueError(f'storage_dtype must be None for cells of {narrow.pop()}, which are as '
+                         f'narrow as {storage_dtype}')
     module.eval()
     held = hidden_references(module)
     convs = {name: conv for name, conv in found.items()
@@ -113,11 +123,13 @@ def optimize_for_inference_(module: nn.Module,
     norms = find_norms(module, (*KW_CONVS, *STATIC_CONVS))
     with_bases = choose_layers(
         {name: conv.plan for name, conv in convs.items() if not conv.attention.tau},
-        {name: conv.cells.itemsize for name, conv in convs.items()}, budget)
+        {name: (storage_dtype or conv.cells.dtype).itemsize for name, conv in convs.items()},
+        budget)
     replacements, layers = {}, []
     for name, conv in convs.items():
         norm = norms.get(conv)
-        optimized = OptimizedConv(conv, norm and fold_norm(norm), name in with_bases)
+        optimized = OptimizedConv(conv, norm and fold_norm(norm), name in with_bases,
+                                  storage_dtype)
         replacements[conv] = optimized
         layers.append(OptimizedLayer(name, conv.plan.num_cells, optimized.num_bases,
                                      optimized.num_bytes, norm is not None))
@@ -129,18 +141,24 @@ def optimize_for_inference_(module: nn.Module,
             replacements[norm] = nn.Identity().eval()
     num_folded = sum(isinstance(new, nn.Identity) for new in replacements.values())
     swap_(module, replacements)
-    _store_by_rows_(module)
+    _store_cells_(module, storage_dtype)
     return OptimizationReport(tuple(layers), num_folded,
                               tuple(name for name in found if name not in convs))
 
 
-def _store_by_rows_(module: nn.Module) -> None:
+def _store_cells_(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Puts cells into the order in which they are read, and into a dtype."""
+    trained = {(layer.manager, layer.plan.warehouse) for layer in module.modules()
+               if isinstance(layer, KW_CONVS)}
     read = {(layer.manager, layer.plan.warehouse) for layer in module.modules()
             if isinstance(layer, OptimizedConv) and layer.bases is None}
     for manager, index in read:
         cells = manager.weights[index]
         if reads_by_rows(cells):
             cells.data = store_by_rows(cells.data)
+        # Layers that were left as they are want cells of their own precision.
+        if dtype is not None and (manager, index) not in trained:
+            cells.data = cells.data.to(dtype)
 
 
 def _check_budget(memory_budget: int | None) -> int:

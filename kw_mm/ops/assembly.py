@@ -3,16 +3,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from . import operators
-from .autocast import autocast_to
+from .autocast import product_dtype
 from .cell_gradients import assemble_collected, is_collected
 
 
 def assemble_kernel(alpha: Tensor, cells: Tensor, grid: Sequence[int],
-                    kernel_size: Sequence[int], scale: Tensor | None = None) -> Tensor:
-    """Mixes cells to kernels; see ``reference``. Under autocast they have its dtype.
+                    kernel_size: Sequence[int], scale: Tensor | None = None,
+                    dtype: torch.dtype | None = None) -> Tensor:
+    """Mixes cells to kernels; see ``reference``.
 
     Cells that ``collect_gradients`` returned get the gradient of all their uses at once.
 
@@ -22,10 +24,12 @@ def assemble_kernel(alpha: Tensor, cells: Tensor, grid: Sequence[int],
         grid: ``(S, OG, IG)``.
         kernel_size: Of the kernel.
         scale: Factors of the kernel's output channels, ``(OG * c_out,)``, or None for 1.
+        dtype: Of the kernels; by default the cells', or autocast's where that is on.
 
     Returns:
         Kernels, ``(N, OG * c_out, IG * c_in, *kernel_size)``.
     """
-    if scale is None and is_collected(cells):
+    if scale is None and dtype is None and is_collected(cells):
         return assemble_collected(alpha, cells, grid, kernel_size)
-    return operators.assemble(alpha, autocast_to(cells), grid, kernel_size, scale)
+    dtype = product_dtype(cells) if dtype is None else dtype
+    return operators.assemble(alpha, cells, grid, kernel_size, scale, dtype)

@@ -24,8 +24,3 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
     if tensor.dtype == torch.float64:
         return tensor.dtype
     return autocast_dtype(tensor.device.type) or tensor.dtype
-
-
-def autocast_to(tensor: Tensor) -> Tensor:
-    """The tensor as a product takes it."""
-    return tensor.to(product_dtype(tensor))

@@ -58,7 +58,7 @@ def block_mixtures(grid: Sequence[int], cell_shape: Sequence[int]) -> Tensor:
 
 
 def mix_bases(hidden: Tensor, norms: Tensor, bases: Tensor, mixtures: Tensor,
-              kernel_shape: Sequence[int]) -> Tensor:
+              kernel_shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
     """The kernels of a batch.
 
     Args:
@@ -67,9 +67,11 @@ def mix_bases(hidden: Tensor, norms: Tensor, bases: Tensor, mixtures: Tensor,
         bases: ``(B, hidden + 1, width)``.
         mixtures: ``(B,)``.
         kernel_shape: ``(C_out, C_in / groups, *k)``.
+        dtype: Of the kernels, by default the bases'.
 
     Returns:
         ``(N, *kernel_shape)``.
     """
     weights = torch.cat((hidden, hidden.new_ones(hidden.shape[0], 1)), 1)
-    return operators.mix_bases(weights, 1 / norms, bases, mixtures, kernel_shape)
+    return operators.mix_bases(weights, 1 / norms, bases, mixtures, kernel_shape,
+                               dtype or bases.dtype)

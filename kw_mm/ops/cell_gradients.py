@@ -117,7 +117,7 @@ class _AssembleCollected(torch.autograd.Function):
         ctx.collector = collector
         ctx.grid = grid
         collector.num_rows += len(alpha) * alpha.shape[1]
-        return operators.assemble(alpha, cells, grid, kernel_size)
+        return operators.assemble(alpha, cells, grid, kernel_size, None, cells.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:

@@ -37,7 +37,7 @@ class _Mix(ctypes.Structure):
     _fields_ = [(name, c_long) for name in ('num_blocks', 'num_rows', 'num_cells', 'width')] + [
         ('alpha', c_void_p), ('alpha_block', c_long), ('alpha_row', c_long),
         ('cells', c_void_p), ('cells_block', c_long), ('cells_cell', c_long),
-        ('index', c_void_p), ('scales', c_void_p),
+        ('cells_are_bfloat16', c_long), ('index', c_void_p), ('scales', c_void_p),
         ('out', c_void_p), ('out_block', c_long), ('out_rows', c_void_p)]
 
 
@@ -56,9 +56,15 @@ def use_cpu_products(enabled: bool = True) -> None:
     _is_wanted = enabled
 
 
-def takes(*tensors: Tensor) -> bool:
-    """Whether the compiled products are there, wanted, and made for tensors of such a dtype."""
-    return (_is_wanted and all(t.dtype == torch.float32 for t in tensors)
+def mixes(cells: Tensor, dtype: torch.dtype) -> bool:
+    """Whether ``mix_blocks`` is there, wanted, and made for such cells and mixtures of a dtype."""
+    return (_is_wanted and dtype == torch.float32
+            and cells.dtype in (torch.float32, torch.bfloat16) and instruction_set() is not None)
+
+
+def sums(grads: Tensor, cells: Tensor) -> bool:
+    """Whether ``sum_products`` is there, wanted, and made for tensors of such dtypes."""
+    return (_is_wanted and grads.dtype == cells.dtype == torch.float32
             and instruction_set() is not None)
 
 
@@ -74,7 +80,7 @@ def mix_blocks(alpha: Tensor, blocks: Tensor, out: Tensor, index: Tensor | None 
 
     Args:
         alpha: ``(R, n)``, or ``(B, R, n)`` where blocks differ.
-        blocks: ``(B, n, width)``.
+        blocks: ``(B, n, width)``, in single precision or in bfloat16.
         out: Where to, ``(B, *rows, width)`` with R rows in any number of dimensions; numbers of a
             row one after the other. New memory, which nothing else refers to.
         index: Those of the n cells that are to be read, in int64; by default all.
@@ -97,13 +103,15 @@ def mix_blocks(alpha: Tensor, blocks: Tensor, out: Tensor, index: Tensor | None 
     if scales is not None:
         scales = scales.to(torch.float32).contiguous()
         _check('scales', scales, (num_blocks, num_rows))
-    alpha, blocks, num_cells = _in_rows(alpha), _in_rows(blocks), alpha.shape[-1]
+    alpha, num_cells = _in_rows(alpha), alpha.shape[-1]
+    is_bfloat16 = blocks.dtype == torch.bfloat16
+    blocks = _in_rows(blocks, blocks.dtype if is_bfloat16 else torch.float32)
     # Held by name, for other threads may push them out of the cache.
     starts = _row_starts(tuple(out.shape[1:-1]), out.stride()[1:-1])
     mix = _Mix(
         num_blocks, num_rows, num_cells, width,
         alpha.data_ptr(), alpha.stride(0) if alpha.dim() == 3 else 0, alpha.stride(-2),
-        blocks.data_ptr(), blocks.stride(0), blocks.stride(1),
+        blocks.data_ptr(), blocks.stride(0), blocks.stride(1), is_bfloat16,
         None if index is None else index.data_ptr(),
         None if scales is None else scales.data_ptr(),
         out.data_ptr(), out.stride(0), ctypes.addressof(starts))
@@ -127,12 +135,12 @@ def sum_products(grads: Tensor, cells: Tensor) -> Tensor:
     return out
 
 
-def _in_rows(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy, in single precision and with the numbers of a row one after another.
+def _in_rows(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The tensor, or a copy, in a dtype and with the numbers of a row one after another.
 
     Rows themselves may be anywhere, even in the same place.
     """
-    tensor = tensor.to(torch.float32)
+    tensor = tensor.to(dtype)
     return tensor if _has_rows(tensor) else tensor.contiguous()
 
 

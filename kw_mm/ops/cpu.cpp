@@ -1,5 +1,5 @@
 // The two products that assembly is made of on a CPU, in single precision: a few rows against very
-// many numbers. compiled.py tells what they compute and hands them memory that they can read,
+// many numbers, which may lie in bfloat16. compiled.py tells what they compute and hands them memory that they can read,
 // docs/performance.md what they gain.
 //
 // Both read the large matrix once, at the rate of the memory, and keep all that they add up in
@@ -24,6 +24,27 @@ namespace {
 
 Vector load(const float *from) { return *reinterpret_cast<const Loose *>(from); }
 
+// bfloat16 is the upper half of a float.
+struct BFloat16 {
+    unsigned short bits;
+};
+typedef unsigned Bits __attribute__((vector_size(4 * LANES)));
+typedef unsigned short Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+Vector load(const BFloat16 *from) {
+    const Halves halves = *reinterpret_cast<const Halves *>(from);
+    return reinterpret_cast<Vector>(__builtin_convertvector(halves, Bits) << 16);
+}
+
+float single(float x) { return x; }
+
+float single(BFloat16 x) {
+    const unsigned bits = unsigned(x.bits) << 16;
+    float y;
+    std::memcpy(&y, &bits, sizeof y);
+    return y;
+}
+
 void store(float *to, Vector x) { *reinterpret_cast<Loose *>(to) = x; }
 
 float total(Vector x) {
@@ -43,8 +64,9 @@ struct Mix {
     long num_blocks, num_rows, num_cells, width;
     const float *alpha;
     long alpha_block, alpha_row;  // strides, in numbers
-    const float *cells;
+    const void *cells;
     long cells_block, cells_cell;
+    long cells_are_bfloat16;  // else single precision
     const long *index;    // num_cells of them, or null for all in order
     const float *scales;  // contiguous, or null
     float *out;
@@ -59,16 +81,16 @@ enum Fetch { THIS_TILE, NEXT_TILE };
 
 // Adds up ROWS rows of VECTORS registers each. The first rows of a tile bring its cells into the
 // cache and are bound by the memory; meanwhile the last rows ask for those of the next tile.
-template <int ROWS, int VECTORS, Fetch FETCH>
+template <typename Cell, int ROWS, int VECTORS, Fetch FETCH>
 void mix_tile(const Mix &m, long block, long row, long column) {
     Vector sums[ROWS][VECTORS] = {};
     const float *alpha = m.alpha + block * m.alpha_block + row * m.alpha_row;
-    const float *cells = m.cells + block * m.cells_block + column;
+    const Cell *cells = static_cast<const Cell *>(m.cells) + block * m.cells_block + column;
     for (long k = 0; k < m.num_cells; k++) {
-        const float *cell = cells + (m.index ? m.index[k] : k) * m.cells_cell;
+        const Cell *cell = cells + (m.index ? m.index[k] : k) * m.cells_cell;
         if (FETCH == THIS_TILE) {
             const long then = k + AHEAD < m.num_cells ? k + AHEAD : k;
-            const float *later = cells + (m.index ? m.index[then] : then) * m.cells_cell;
+            const Cell *later = cells + (m.index ? m.index[then] : then) * m.cells_cell;
             UNROLL for (int v = 0; v < VECTORS; v++) __builtin_prefetch(later + v * LANES);
         } else {
             UNROLL for (int v = 0; v < VECTORS; v++)
@@ -89,14 +111,15 @@ void mix_tile(const Mix &m, long block, long row, long column) {
 }
 
 // Blocks narrower than a register.
+template <typename Cell>
 void mix_narrow(const Mix &m, long block, long row, long num_rows) {
     for (long r = row; r < row + num_rows; r++) {
         const float *alpha = m.alpha + block * m.alpha_block + r * m.alpha_row;
         float sums[LANES] = {};
         for (long k = 0; k < m.num_cells; k++) {
-            const float *cell = m.cells + block * m.cells_block +
-                                (m.index ? m.index[k] : k) * m.cells_cell;
-            for (long i = 0; i < m.width; i++) sums[i] += alpha[k] * cell[i];
+            const Cell *cell = static_cast<const Cell *>(m.cells) + block * m.cells_block +
+                               (m.index ? m.index[k] : k) * m.cells_cell;
+            for (long i = 0; i < m.width; i++) sums[i] += alpha[k] * single(cell[i]);
         }
         float *out = m.out + block * m.out_block + m.out_rows[r];
         const float scale = m.scales ? m.scales[block * m.num_rows + r] : 1;
@@ -106,38 +129,33 @@ void mix_narrow(const Mix &m, long block, long row, long num_rows) {
 
 using TileFunction = void (*)(const Mix &, long, long, long);
 
-template <int ROWS, Fetch FETCH>
+template <typename Cell, int ROWS, Fetch FETCH>
 TileFunction tile_of(int vectors) {
     switch (vectors) {
-        case 1: return mix_tile<ROWS, 1, FETCH>;
-        case 2: return mix_tile<ROWS, 2, FETCH>;
-        case 4: return mix_tile<ROWS, 4, FETCH>;
-        case 8: return mix_tile<ROWS, 8, FETCH>;
-        default: return mix_tile<ROWS, 16, FETCH>;
+        case 1: return mix_tile<Cell, ROWS, 1, FETCH>;
+        case 2: return mix_tile<Cell, ROWS, 2, FETCH>;
+        case 4: return mix_tile<Cell, ROWS, 4, FETCH>;
+        case 8: return mix_tile<Cell, ROWS, 8, FETCH>;
+        default: return mix_tile<Cell, ROWS, 16, FETCH>;
     }
 }
 
 constexpr int MAX_ROWS = 6;
 
-template <Fetch FETCH>
+template <typename Cell, Fetch FETCH>
 TileFunction tile_of(int rows, int vectors) {
     switch (rows) {
-        case 1: return tile_of<1, FETCH>(vectors);
-        case 2: return tile_of<2, FETCH>(vectors);
-        case 3: return tile_of<3, FETCH>(vectors);
-        case 4: return tile_of<4, FETCH>(vectors);
-        case 5: return tile_of<5, FETCH>(vectors);
-        default: return tile_of<6, FETCH>(vectors);
+        case 1: return tile_of<Cell, 1, FETCH>(vectors);
+        case 2: return tile_of<Cell, 2, FETCH>(vectors);
+        case 3: return tile_of<Cell, 3, FETCH>(vectors);
+        case 4: return tile_of<Cell, 4, FETCH>(vectors);
+        case 5: return tile_of<Cell, 5, FETCH>(vectors);
+        default: return tile_of<Cell, 6, FETCH>(vectors);
     }
 }
 
-}  // namespace
-
-// Which source this was compiled from: compiled.py takes no other than the one it lies beside.
-extern "C" const char *kw_mm_built_from() { return KW_MM_BUILT_FROM; }
-
-extern "C" void kw_mm_mix(const Mix *mix, int num_threads) {
-    const Mix &m = *mix;
+template <typename Cell>
+void mix(const Mix &m, int num_threads) {
     // Even few rows in two shares, so that there is one to fetch in. Wide tiles for few rows: the
     // sums fill the registers.
     const long shares = m.num_rows <= 3 ? 1 : m.num_rows <= 6 ? 2 : share(m.num_rows, MAX_ROWS);
@@ -162,16 +180,25 @@ extern "C" void kw_mm_mix(const Mix *mix, int num_threads) {
             for (long i = 0; i < shares; i++) {
                 const long rows = share(m.num_rows - row, shares - i);
                 if (vectors == 0)
-                    mix_narrow(m, block, row, rows);
+                    mix_narrow<Cell>(m, block, row, rows);
                 else if (i == 0)
-                    tile_of<THIS_TILE>(rows, vectors)(m, block, row, column);
+                    tile_of<Cell, THIS_TILE>(rows, vectors)(m, block, row, column);
                 else
-                    tile_of<NEXT_TILE>(rows, vectors)(m, block, row, column);
+                    tile_of<Cell, NEXT_TILE>(rows, vectors)(m, block, row, column);
                 row += rows;
             }
             column = vectors == 0 ? end : column + vectors * LANES;
         }
     }
+}
+
+}  // namespace
+
+// Which source this was compiled from: compiled.py takes no other than the one it lies beside.
+extern "C" const char *kw_mm_built_from() { return KW_MM_BUILT_FROM; }
+
+extern "C" void kw_mm_mix(const Mix *m, int num_threads) {
+    (m->cells_are_bfloat16 ? mix<BFloat16> : mix<float>)(*m, num_threads);
 }
 
 // ---- out[r, k] = sum over d of grads[r, d] * cells[k, d] ----------------------------------------

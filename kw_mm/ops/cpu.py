@@ -15,13 +15,13 @@ from .memory import large_empty, reused_empty
 
 
 def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Sequence[int],
-             scale: Tensor | None = None) -> Tensor:
+             scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """See ``operators.assemble``."""
-    if not compiled.takes(cells) or not _pays(cells, grid):
-        return products.assemble(alpha, cells, grid, kernel_size, scale)
+    if not compiled.mixes(cells, dtype) or not _pays(cells, grid):
+        return products.assemble(alpha, cells, grid, kernel_size, scale, dtype)
     c_out = cells.shape[1]
     num_samples, (num_positions, num_out_groups, num_in_groups) = alpha.shape[0], grid
-    memory = reused_empty(memory_shape(num_samples, grid, cells.shape), cells.dtype)
+    memory = reused_empty(memory_shape(num_samples, grid, cells.shape), dtype)
     # (c_out, N, S, OG, IG, width), in the order of alpha but for the rows of a cell.
     places = memory.view(num_samples, num_out_groups, c_out, num_positions, num_in_groups,
                          math.prod(cells.shape[2:])).permute(2, 0, 3, 1, 4, 5)
@@ -39,7 +39,7 @@ def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Seq
 
 def assemble_grad_alpha(pieces: Tensor, cells: Tensor) -> Tensor:
     """See ``operators.assemble_grad_alpha``."""
-    if not compiled.takes(pieces, cells):
+    if not compiled.sums(pieces, cells):
         return products.assemble_grad_alpha(pieces, cells)
     rows = pieces.reshape(math.prod(pieces.shape[:4]), math.prod(pieces.shape[4:]))
     return compiled.sum_products(rows, cells.flatten(1)).view(
@@ -48,7 +48,7 @@ def assemble_grad_alpha(pieces: Tensor, cells: Tensor) -> Tensor:
 
 def assemble_grad_cells(pieces: Tensor, alpha: Tensor) -> Tensor:
     """See ``operators.assemble_grad_cells``."""
-    if not compiled.takes(pieces):
+    if not compiled.mixes(pieces, pieces.dtype):
         return products.assemble_grad_cells(pieces, alpha)
     alphas = alpha.flatten(0, 1).T
     rows = pieces.reshape(alphas.shape[1], math.prod(pieces.shape[4:]))
@@ -58,18 +58,18 @@ def assemble_grad_cells(pieces: Tensor, alpha: Tensor) -> Tensor:
 
 
 def mix_bases(weights: Tensor, scales: Tensor, bases: Tensor, mixtures: Tensor,
-              kernel_shape: Sequence[int]) -> Tensor:
+              kernel_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """See ``operators.mix_bases``."""
     num_samples, (num_blocks, _, width) = weights.shape[0], bases.shape
     # Of one sample the bases of active units alone are read.
     active = weights[0].nonzero().squeeze(1) if num_samples == 1 else None
-    if compiled.takes(bases):
-        mixed = reused_empty((num_samples, num_blocks, width), bases.dtype)
+    if compiled.mixes(bases, dtype):
+        mixed = reused_empty((num_samples, num_blocks, width), dtype)
         compiled.mix_blocks(weights, bases, mixed.transpose(0, 1), active, scales[:, mixtures].T)
-    elif active is not None:
+    elif active is not None and bases.dtype == dtype:
         mixed = _sum_active(weights[0, active], scales[0, mixtures], bases, active).unsqueeze(0)
     else:
-        return products.mix_bases(weights, scales, bases, mixtures, kernel_shape)
+        return products.mix_bases(weights, scales, bases, mixtures, kernel_shape, dtype)
     return products.bases_as_kernel(mixed, kernel_shape)
 
 

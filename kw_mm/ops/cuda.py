@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from . import products
@@ -31,13 +32,15 @@ def use_triton(enabled: bool = True) -> None:
 
 
 def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Sequence[int],
-             scale: Tensor | None = None) -> Tensor:
+             scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """See ``operators.assemble``."""
     if not _takes_triton(alpha, cells):
-        return products.assemble(alpha, cells, grid, kernel_size, scale)
+        return products.assemble(alpha, cells, grid, kernel_size, scale, dtype)
     from .triton_assembly import assemble as in_triton
-    kernel = in_triton(alpha, cells, grid, kernel_size)
-    return kernel if scale is None else kernel * scale.view(-1, *(1,) * (kernel.dim() - 2))
+    kernel = in_triton(alpha, cells, grid, kernel_size, dtype)
+    if scale is None:
+        return kernel
+    return kernel * scale.to(dtype).view(-1, *(1,) * (kernel.dim() - 2))
 
 
 def assemble_grad_alpha(pieces: Tensor, cells: Tensor) -> Tensor:

@@ -28,21 +28,22 @@ ARE_REGISTERED = dispatch.IS_POSSIBLE
 
 
 def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Sequence[int],
-             scale: Tensor | None = None) -> Tensor:
+             scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Mixes cells to kernels (method, section 4); ``reference.assemble_kernel`` reads it out.
 
     Args:
         alpha: Mixing weights ``(N, m, n)``, of any floating-point dtype.
-        cells: ``(n, c_out, c_in, *k)``.
+        cells: ``(n, c_out, c_in, *k)``, likewise.
         grid: ``(S, OG, IG)``, positions and groups of cells that tile the kernel; m in all.
         kernel_size: Of the kernel.
         scale: Factors of the output channels, ``(OG * c_out,)``, or None for 1.
+        dtype: Of the kernels.
 
     Returns:
-        ``(N, OG * c_out, IG * c_in, *kernel_size)`` in the cells' dtype, new memory in the order
-        of ``layout.memory_shape``.
+        ``(N, OG * c_out, IG * c_in, *kernel_size)``, new memory in the order of
+        ``layout.memory_shape``.
     """
-    return _assemble(alpha, cells, grid, kernel_size, scale)
+    return _assemble(alpha, cells, grid, kernel_size, scale, dtype)
 
 
 def assemble_grad_alpha(pieces: Tensor, cells: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ def assemble_grad_cells(pieces: Tensor, alpha: Tensor) -> Tensor:
 
 
 def mix_bases(weights: Tensor, scales: Tensor, bases: Tensor, mixtures: Tensor,
-              kernel_shape: Sequence[int]) -> Tensor:
+              kernel_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """``scales[:, mixtures[b]] * (weights @ bases[b])`` for every block b; see ``kw_mm.ops.bases``.
 
     Args:
@@ -81,11 +82,12 @@ def mix_bases(weights: Tensor, scales: Tensor, bases: Tensor, mixtures: Tensor,
         bases: ``(B, H, width)``.
         mixtures: ``(B,)``, in int64.
         kernel_shape: ``(C_out, C_in, *k)``.
+        dtype: Of the kernels.
 
     Returns:
-        ``(N, *kernel_shape)`` in the bases' dtype, new memory in the order (N, C_out, k, C_in).
+        ``(N, *kernel_shape)``, new memory in the order (N, C_out, k, C_in).
     """
-    return _mix_bases(weights, scales, bases, mixtures, kernel_shape)
+    return _mix_bases(weights, scales, bases, mixtures, kernel_shape, dtype)
 
 
 if not ARE_REGISTERED:
@@ -98,19 +100,20 @@ else:
     # assemble
 
     def _fake_assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int],
-                       kernel_size: Sequence[int], scale: Tensor | None) -> Tensor:
-        memory = cells.new_empty(memory_shape(alpha.shape[0], grid, cells.shape))
+                       kernel_size: Sequence[int], scale: Tensor | None,
+                       dtype: torch.dtype) -> Tensor:
+        memory = cells.new_empty(memory_shape(alpha.shape[0], grid, cells.shape), dtype=dtype)
         return view_as_kernel(memory, grid, cells.shape, kernel_size)
 
     def _setup_assemble(ctx: Any, inputs: tuple) -> None:
-        alpha, cells, ctx.grid, ctx.kernel_size, scale = inputs
+        alpha, cells, ctx.grid, ctx.kernel_size, scale, _ = inputs
         ctx.save_for_backward(alpha, cells, scale)
 
     def _assemble_backward(ctx: Any, grad: Tensor) -> tuple:
         alpha, cells, scale = ctx.saved_tensors
         grad_scale = None
         if ctx.needs_input_grad[4]:
-            kernel = assemble(alpha, cells, ctx.grid, ctx.kernel_size)
+            kernel = assemble(alpha, cells, ctx.grid, ctx.kernel_size, None, grad.dtype)
             grad_scale = (grad * kernel).transpose(0, 1).flatten(1).sum(1).to(scale.dtype)
         if scale is not None:
             grad = grad * scale.view(-1, *(1,) * (grad.dim() - 2))
@@ -119,15 +122,15 @@ else:
         if ctx.needs_input_grad[0]:
             grad_alpha = assemble_grad_alpha(pieces, cells).to(alpha.dtype)
         if ctx.needs_input_grad[1]:
-            grad_cells = assemble_grad_cells(pieces, alpha).view(cells.shape)
-        return grad_alpha, grad_cells, None, None, grad_scale
+            grad_cells = assemble_grad_cells(pieces, alpha).view(cells.shape).to(cells.dtype)
+        return grad_alpha, grad_cells, None, None, grad_scale, None
 
     # Its gradients
 
-    def _assemble_pieces(alpha: Tensor, cells: Tensor, grid: Sequence[int]) -> Tensor:
+    def _assemble_pieces(alpha: Tensor, cells: Tensor, like: Tensor) -> Tensor:
         """Mixtures of cells as pieces, which is what both gradients take."""
-        cells = cells.flatten(3)
-        kernel = assemble(alpha, cells, grid, (grid[0] * cells.shape[3],))
+        cells, grid = cells.flatten(3), like.shape[1:4]
+        kernel = assemble(alpha, cells, grid, (grid[0] * cells.shape[3],), None, like.dtype)
         return cut_kernel(kernel, grid, cells.shape[1:])
 
     def _fake_grad_alpha(pieces: Tensor, cells: Tensor) -> Tensor:
@@ -142,9 +145,9 @@ else:
         pieces, cells = ctx.saved_tensors
         grad_pieces = grad_cells = None
         if ctx.needs_input_grad[0]:
-            grad_pieces = _assemble_pieces(grad, cells, pieces.shape[1:4]).to(pieces.dtype)
+            grad_pieces = _assemble_pieces(grad, cells, pieces)
         if ctx.needs_input_grad[1]:
-            grad_cells = assemble_grad_cells(pieces, grad).view(cells.shape)
+            grad_cells = assemble_grad_cells(pieces, grad).view(cells.shape).to(cells.dtype)
         return grad_pieces, grad_cells
 
     def _fake_grad_cells(pieces: Tensor, alpha: Tensor) -> Tensor:
@@ -154,7 +157,7 @@ else:
         pieces, alpha = ctx.saved_tensors
         grad_pieces = grad_alpha = None
         if ctx.needs_input_grad[0]:
-            grad_pieces = _assemble_pieces(alpha, grad, pieces.shape[1:4])
+            grad_pieces = _assemble_pieces(alpha, grad, pieces)
         if ctx.needs_input_grad[1]:
             grad_alpha = assemble_grad_alpha(pieces, grad).to(alpha.dtype)
         return grad_pieces, grad_alpha
@@ -162,10 +165,10 @@ else:
     # mix_bases
 
     def _fake_mix_bases(weights: Tensor, scales: Tensor, bases: Tensor, mixtures: Tensor,
-                        kernel_shape: Sequence[int]) -> Tensor:
+                        kernel_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         out_channels, in_channels, *kernel_size = kernel_shape
         memory = bases.new_empty(weights.shape[0], out_channels, math.prod(kernel_size),
-                                 in_channels)
+                                 in_channels, dtype=dtype)
         return positions_last(memory, kernel_size)
 
     def _setup_mix_bases(ctx: Any, inputs: tuple) -> None:
@@ -178,17 +181,18 @@ else:
         grad, by_block = grad.transpose(0, 1), scales.T[mixtures].unsqueeze(-1)
         grad_bases = None
         if ctx.needs_input_grad[2]:
-            grad_bases = (by_block * weights).transpose(1, 2).to(grad.dtype) @ grad
+            factors = (by_block * weights).transpose(1, 2)
+            grad_bases = (factors.to(grad.dtype) @ grad).to(bases.dtype)
         # What each block gives to the products of weights and scales.
-        shares = (grad @ bases.transpose(1, 2)).to(scales.dtype)
+        shares = (grad @ bases.transpose(1, 2).to(grad.dtype)).to(scales.dtype)
         grad_weights = (shares * by_block).sum(0).to(weights.dtype)
         grad_scales = torch.zeros_like(scales).index_add(
             1, mixtures, (shares * weights).sum(-1).T.to(scales.dtype))
-        return grad_weights, grad_scales, grad_bases, None, None
+        return grad_weights, grad_scales, grad_bases, None, None, None
 
     _assemble = dispatch.register(
         'assemble(Tensor alpha, Tensor cells, SymInt[] grid, SymInt[] kernel_size, '
-        'Tensor? scale) -> Tensor',
+        'Tensor? scale, ScalarType dtype) -> Tensor',
         _MODULES, _fake_assemble, _setup_assemble, _assemble_backward)
     _assemble_grad_alpha = dispatch.register(
         'assemble_grad_alpha(Tensor pieces, Tensor cells) -> Tensor',
@@ -198,7 +202,7 @@ else:
         _MODULES, _fake_grad_cells, _setup_gradient, _grad_cells_backward)
     _mix_bases = dispatch.register(
         'mix_bases(Tensor weights, Tensor scales, Tensor bases, Tensor mixtures, '
-        'SymInt[] kernel_shape) -> Tensor',
+        'SymInt[] kernel_shape, ScalarType dtype) -> Tensor',
         _MODULES, _fake_mix_bases, _setup_mix_bases, _mix_bases_backward)
 
     # FLOPs, as torch counts them: multiplications and additions.

@@ -27,9 +27,9 @@ SUM_WIDTH = 2**14
 
 
 def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Sequence[int],
-             scale: Tensor | None = None) -> Tensor:
+             scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """See ``operators.assemble``."""
-    alpha = alpha.to(cells.dtype)
+    alpha, cells = alpha.to(dtype), cells.to(dtype)
     c_out, c_in = cells.shape[1:3]
     alphas = alpha.flatten(0, 1)
     # Whether mixtures one after the other, as a single product has them, are the kernel.
@@ -40,7 +40,7 @@ def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Seq
     mixtures = _batch_product(alphas, blocks).view(
         c_out // rows, alpha.shape[0], *grid, rows, c_in, math.prod(cells.shape[3:]))
     if scale is not None:
-        mixtures = mixtures * scale.view(grid[1], -1, rows).permute(1, 0, 2)[
+        mixtures = mixtures * scale.to(dtype).view(grid[1], -1, rows).permute(1, 0, 2)[
             :, None, None, :, None, :, None, None]
     # As in memory_shape.
     is_last = has_positions_last(grid, cells.shape)
@@ -53,9 +53,9 @@ def assemble_grad_alpha(pieces: Tensor, cells: Tensor) -> Tensor:
     """See ``operators.assemble_grad_alpha``."""
     rows = pieces.reshape(math.prod(pieces.shape[:4]), math.prod(pieces.shape[4:]))
     columns = cells.flatten(1)
-    if rows.dtype in (torch.float16, torch.bfloat16):
-        # So many terms overflow the one and drown in the other.
-        rows, columns = rows.float(), columns.float()
+    # So many terms overflow float16 and drown in bfloat16.
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    rows, columns = rows.to(dtype), columns.to(dtype)
     if rows.device.type != 'cpu' or rows.shape[1] % SUM_WIDTH:
         sums = rows @ columns.T
     else:
@@ -74,11 +74,11 @@ def assemble_grad_cells(pieces: Tensor, alpha: Tensor) -> Tensor:
 
 
 def mix_bases(weights: Tensor, scales: Tensor, bases: Tensor, mixtures: Tensor,
-              kernel_shape: Sequence[int]) -> Tensor:
+              kernel_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """See ``operators.mix_bases``."""
     # Few rows and a wide matrix, as in assembly, in blocks from the outset.
     factors = scales.T[mixtures].unsqueeze(-1) * weights
-    mixed = _batch_product(factors.to(bases.dtype), bases).transpose(0, 1)
+    mixed = _batch_product(factors.to(dtype), bases.to(dtype)).transpose(0, 1)
     return bases_as_kernel(mixed, kernel_shape)
 
 

@@ -209,14 +209,13 @@ class _Layout(NamedTuple):
             BLOCK_D=block_d, num_warps=4, num_stages=2 if dtype == torch.float64 else 3)
 
 
-def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int],
-             kernel_size: Sequence[int]) -> Tensor:
+def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Sequence[int],
+             dtype: torch.dtype) -> Tensor:
     """``operators.assemble`` without a scale; mixtures are written straight to their places.
 
     Sums are in float32 (float64 for float64); float32 factors are rounded to TF32 where torch's own
     products would be. Equal inputs give equal bits. A cell may have up to 2^31 elements.
     """
-    dtype = cells.dtype
     memory = torch.empty(memory_shape(len(alpha), grid, cells.shape), dtype=dtype,
                          device=alpha.device)
     kernel = view_as_kernel(memory, grid, cells.shape, kernel_size)

@@ -18,6 +18,7 @@ from kw_mm import (
     KWLinear,
     KWMobileNetV2,
     KWResNet,
+    optimize_for_inference_,
     set_temperature,
 )
 
@@ -213,3 +214,44 @@ def test_autocast(kind):
         assert error(found, exact) <= max(2 * error(plain, exact), 0)
         assert found[0].dtype == torch.bfloat16
         assert error(outputs(twin, x), exact) < 1e-5
+
+
+@pytest.mark.parametrize('kind', ['bases', 'cells'])
+def test_storage_in_bfloat16(kind):
+    model = randomise(KWResNet(18, base_channels=32, num_stages=3, out_indices=(1, 2)))
+    full, half = (copy.deepcopy(model) for _ in range(2))
+    budget = 0 if kind == 'cells' else None
+    reports = [optimize_for_inference_(full, budget),
+               optimize_for_inference_(half, budget, torch.bfloat16)]
+    assert reports[1].num_bytes == reports[0].num_bytes / 2
+    assert any(layer.num_bases for layer in reports[0].layers) == (kind == 'bases')
+    stored = [sum(t.nbytes for name, t in twin.state_dict().items()
+                  if name.endswith('bases') or 'warehouse_manager' in name)
+              for twin in (full, half)]
+    assert stored[1] == stored[0] / 2 if kind == 'cells' else stored[1] < stored[0]
+    for batch in (1, 3):
+        x = torch.randn(batch, 3, 48, 48)
+        exact = outputs(model, x)
+        assert all(y.dtype == torch.float32 for y in outputs(half, x))
+        # A rounded number is off by at most 2^-9 of itself, at random.
+        assert 1e-4 < error(outputs(half, x), exact) < 1e-2
+        assert error(outputs(full, x), exact) < 1e-5
+
+
+def test_storage_that_saves_nothing_is_refused():
+    model = nn.Sequential(KWConv2d(4, 4, 3))
+    with pytest.raises(ValueError, match='storage_dtype must be torch.bfloat16 or None'):
+        optimize_for_inference_(model, storage_dtype=torch.float16)
+    with pytest.raises(ValueError, match='as narrow as'):
+        optimize_for_inference_(model.bfloat16(), storage_dtype=torch.bfloat16)
+    assert isinstance(model[0], KWConv2d)
+
+
+def test_layers_left_as_they_are_keep_their_cells():
+    model = randomise(KWResNet(18, base_channels=8, num_stages=1, out_indices=(0,)))
+    model.layer1[0].conv1.register_forward_hook(lambda *_: None)
+    twin = copy.deepcopy(model)
+    report = optimize_for_inference_(twin, 0, torch.bfloat16)
+    assert report.skipped == ('layer1.0.conv1',)
+    x = torch.randn(2, 3, 48, 48)
+    assert error(outputs(twin, x), outputs(model, x)) < 1e-5

@@ -71,12 +71,13 @@ def close(actual, exact, terms):
 @settings(deadline=None, max_examples=300)
 @given(data=st.data(), num_blocks=st.integers(1, 3), rows=st.integers(0, 15),
        num_cells=st.integers(1, 20), width=st.integers(1, 300), threads=st.integers(1, 3),
-       by_block=st.booleans(), scaled=st.booleans(), some=st.booleans())
-def test_mixtures(data, num_blocks, rows, num_cells, width, threads, by_block, scaled, some):
+       by_block=st.booleans(), scaled=st.booleans(), some=st.booleans(), half=st.booleans())
+def test_mixtures(data, num_blocks, rows, num_cells, width, threads, by_block, scaled, some, half):
     torch.manual_seed(0)
     index = torch.randperm(num_cells)[:data.draw(st.integers(0, num_cells))] if some else None
     shape = (num_blocks, rows, num_cells) if by_block else (rows, num_cells)
     alpha, blocks = anyhow(data.draw, *shape), anyhow(data.draw, num_blocks, num_cells, width)
+    blocks = blocks.bfloat16() if half else blocks
     scales = torch.randn(num_blocks, rows) if scaled else None
     space, out = strided(data.draw, num_blocks, rows, width)
     out.fill_(math.nan)
@@ -222,7 +223,7 @@ def test_kernels_of_any_strides(data, g, scaled, rows_first):
     scale = torch.randn(grid[1] * 6) if scaled else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layout, 'MIN_CELLS', 0)
-        kernel = operators.assemble(alpha, cells, grid, g['kernel_size'], scale)
+        kernel = ops.assemble_kernel(alpha, cells, grid, g['kernel_size'], scale)
     exact = reference.assemble_kernel(alpha.double(), cells.double(), grid, g['kernel_size'])
     if scaled:
         exact = exact * scale.double().view(-1, *(1,) * (exact.dim() - 2))
@@ -267,8 +268,16 @@ def test_bases_in_single_precision(batch, calls):
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16, torch.float16])
 def test_other_precisions_are_left_to_torch(dtype, calls):
     alpha, cells = torch.randn(1, 2, 6, dtype=dtype), torch.randn(6, 8, 16, 1, 1, dtype=dtype)
-    ops.assemble_kernel(alpha, cells, (1, 2, 1), (1, 1))
+    assert ops.assemble_kernel(alpha, cells, (1, 2, 1), (1, 1)).dtype == dtype
     assert not calls
+
+
+def test_cells_in_bfloat16_give_single_kernels(calls):
+    torch.manual_seed(0)
+    alpha, cells = torch.randn(3, 2, 6), torch.randn(6, 8, 16, 1, 1).bfloat16()
+    kernel = ops.assemble_kernel(alpha, cells, (1, 2, 1), (1, 1), dtype=torch.float32)
+    assert calls == ['kw_mm_mix']
+    close(kernel, reference.assemble_kernel(alpha.double(), cells.double(), (1, 2, 1), (1, 1)), 6)
 
 
 def without_library(monkeypatch, file):

@@ -48,10 +48,10 @@ def bases_inputs(dtype=torch.float64):
 def test_the_dispatcher_s_own_checks(case, dtype):
     # The schema, shapes and strides of fakes, autograd, a compiler with static and dynamic sizes.
     (alpha, cells), sizes = inputs(case, dtype)
-    pieces = cut_kernel(operators.assemble(alpha, cells, *sizes).detach(), sizes[0],
+    pieces = cut_kernel(ops.assemble_kernel(alpha, cells, *sizes).detach(), sizes[0],
                         cells.shape[1:]).requires_grad_()
     for operator, arguments in (
-            (torch.ops.kw_mm.assemble, (alpha, cells, *sizes, None)),
+            (torch.ops.kw_mm.assemble, (alpha, cells, *sizes, None, dtype)),
             (torch.ops.kw_mm.assemble_grad_alpha, (pieces, cells)),
             (torch.ops.kw_mm.assemble_grad_cells, (pieces, alpha))):
         torch.library.opcheck(operator.default, arguments)
@@ -59,7 +59,8 @@ def test_the_dispatcher_s_own_checks(case, dtype):
 
 def test_the_dispatcher_s_own_checks_of_bases():
     tensors, mixtures, shape = bases_inputs()
-    torch.library.opcheck(torch.ops.kw_mm.mix_bases.default, (*tensors, mixtures, shape))
+    torch.library.opcheck(torch.ops.kw_mm.mix_bases.default,
+                          (*tensors, mixtures, shape, torch.float64))
 
 
 @pytest.mark.parametrize('scaled', [False, True])
@@ -71,7 +72,7 @@ def test_gradients_of_two_orders(case, scaled):
         tensors[1] = tensors[1].detach()[:2, :, :3].requires_grad_()
 
     def kernel(alpha, cells, scale=None):
-        return operators.assemble(alpha, cells, *sizes, scale)
+        return ops.assemble_kernel(alpha, cells, *sizes, scale)
 
     assert torch.autograd.gradcheck(kernel, tensors, fast_mode=True)
     assert torch.autograd.gradgradcheck(kernel, tensors, fast_mode=True)
@@ -81,7 +82,7 @@ def test_gradients_of_two_orders_of_bases():
     tensors, mixtures, shape = bases_inputs()
 
     def kernel(*tensors):
-        return operators.mix_bases(*tensors, mixtures, shape)
+        return operators.mix_bases(*tensors, mixtures, shape, tensors[0].dtype)
 
     assert torch.autograd.gradcheck(kernel, tensors)
     assert torch.autograd.gradgradcheck(kernel, tensors)
@@ -96,26 +97,27 @@ def test_kernels_lie_in_memory_as_compilers_expect(g, scaled, dtype, compiled):
     scale = torch.randn(16 * g['grid'][1], dtype=dtype) if scaled else None
     ops.use_cpu_products(compiled)
     try:
-        kernel = operators.assemble(alpha, cells, g['grid'], g['kernel_size'], scale)
+        kernel = ops.assemble_kernel(alpha, cells, g['grid'], g['kernel_size'], scale)
     finally:
         ops.use_cpu_products()
     with FakeTensorMode() as mode:
         alpha, cells, scale = (t if t is None else mode.from_tensor(t)
                                for t in (alpha, cells, scale))
-        fake = operators.assemble(alpha, cells, g['grid'], g['kernel_size'], scale)
+        fake = ops.assemble_kernel(alpha, cells, g['grid'], g['kernel_size'], scale)
     assert kernel.shape == fake.shape and kernel.dtype == fake.dtype
     assert kernel.stride() == fake.stride()
 
 
-def test_both_dtypes_of_a_mixed_product():
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float32])
+def test_both_dtypes_of_a_mixed_product(dtype):
     # Mixing weights stay single where cells are half: so do their gradients, which sum up to more
     # than half precision holds.
     alpha = torch.rand(1, 2, 6, requires_grad=True)
-    cells = torch.rand(6, 32, 64, 1, 1).half().requires_grad_()
-    kernel = operators.assemble(alpha, cells, (1, 2, 1), (1, 1))
+    cells = torch.rand(6, 32, 64, 1, 1, dtype=dtype).half().to(dtype).requires_grad_()
+    kernel = ops.assemble_kernel(alpha, cells, (1, 2, 1), (1, 1), dtype=torch.float16)
     assert kernel.dtype == torch.float16
     grads = torch.autograd.grad(kernel, (alpha, cells), torch.full_like(kernel, 100))
-    assert grads[0].dtype == torch.float32 and grads[1].dtype == torch.float16
+    assert grads[0].dtype == torch.float32 and grads[1].dtype == dtype
     torch.testing.assert_close(grads[0], 100 * cells.float().flatten(1).sum(1).expand(1, 2, -1))
     assert grads[0].max() > torch.finfo(torch.float16).max
 
@@ -175,11 +177,11 @@ def test_flops_are_counted():
     assert counter.get_total_flops() == 2 * work
     tensors, mixtures, shape = bases_inputs(torch.float32)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        operators.mix_bases(*tensors, mixtures, shape)
+        operators.mix_bases(*tensors, mixtures, shape, tensors[0].dtype)
     assert counter.get_total_flops() == 2 * 2 * tensors[2].numel()
 
 
 def test_the_meta_device_knows_shapes():
     (alpha, cells), sizes = inputs('spatial')
     kernel = ops.assemble_kernel(alpha.to('meta'), cells.to('meta'), *sizes)
-    assert kernel.is_meta and kernel.shape == operators.assemble(alpha, cells, *sizes).shape
+    assert kernel.is_meta and kernel.shape == ops.assemble_kernel(alpha, cells, *sizes).shape

@@ -9,16 +9,12 @@ from hypothesis import strategies as st
 from parity import check, geometries, leaf
 
 from kw_mm import ops
-from kw_mm.ops import convolution, operators, products, reference
+from kw_mm.ops import convolution, products, reference
 
 
 def by_rows(cells):
     """The same cells, stored row by row as inference leaves them."""
     return cells.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
-
-
-def uncollected(alpha, cells, *rest):
-    return operators.assemble(alpha, cells, *rest)
 
 
 def collected(alpha, cells, *rest):
@@ -29,7 +25,7 @@ def collected(alpha, cells, *rest):
 
 @settings(deadline=None, max_examples=120)
 @given(g=geometries(), width=st.integers(1, 20), sum_width=st.integers(1, 4),
-       rows_first=st.booleans(), function=st.sampled_from([uncollected, collected]))
+       rows_first=st.booleans(), function=st.sampled_from([ops.assemble_kernel, collected]))
 def test_assembly_in_blocks(g, width, sum_width, rows_first, function):
     # Blocks of one row, of several and of the whole cell; sums of one part and of several.
     torch.manual_seed(0)
@@ -50,7 +46,7 @@ def test_assembly_in_blocks(g, width, sum_width, rows_first, function):
     ((3, 128, 128, 1, 1), (2, 1, 1), (1, 2)), ((2, 16, 1024, 1, 1), (1, 2, 1), (1, 1)),
     ((2, 43, 43, 3, 3), (1, 1, 1), (3, 3)), ((2, 127, 128, 1, 1), (1, 1, 2), (1, 1))])
 @pytest.mark.parametrize('rows_first', [False, True])
-@pytest.mark.parametrize('function', [uncollected, collected])
+@pytest.mark.parametrize('function', [ops.assemble_kernel, collected])
 def test_assembly_of_large_cells(shape, grid, kernel_size, rows_first, function):
     torch.manual_seed(0)
     alpha, cells = leaf(3, math.prod(grid), shape[0]), leaf(*shape)
