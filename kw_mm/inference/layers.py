@@ -12,7 +12,6 @@ from ..layers.conv import convolve
 from ..ops import (
     assemble_kernel,
     basis_logits,
-    block_mixtures,
     contract_bases,
     logit_norms,
     mean_positions,
@@ -131,9 +130,6 @@ class OptimizedConv(nn.Module):
         self.register_buffer('bias', bias)
         self.register_buffer(
             'bases', self._contract().to(storage_dtype or dtype) if use_bases else None)
-        self.register_buffer('mixtures', block_mixtures(
-            self.plan.grid, self.plan.cell_shape).to(conv.cells.device) if use_bases else None,
-            persistent=False)
         self.requires_grad_(False)
         self.eval()
 
@@ -175,7 +171,7 @@ class OptimizedConv(nn.Module):
                                    self.plan.grid, self.kernel_size, self.scale, dtype)
         hidden = self.attention.hidden(x)
         norms = logit_norms(self.attention.logits(hidden))
-        return mix_bases(hidden, norms, self.bases, self.mixtures, self.plan.spec.weight_shape,
+        return mix_bases(hidden, norms, self.bases, self.plan.grid, self.plan.spec.weight_shape,
                          dtype)
 
     @torch.no_grad()

@@ -12,7 +12,6 @@ and those of hidden units at zero, after the ReLU about half, need not even be r
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -36,8 +35,7 @@ def contract_bases(weight: Tensor, bias: Tensor, cells: Tensor, grid: Sequence[i
 
     Returns:
         ``(B, hidden + 1, width)``, the last of the hidden + 1 being B_0. The B blocks are the
-        kernel in the order (output channel, position, input channel); ``block_mixtures`` tells
-        whose they are.
+        kernel in the order (output channel, position, group of input channels).
     """
     # A basis is a kernel, mixed by what one hidden unit gives to the logits.
     rows = torch.cat((weight, bias.unsqueeze(-1)), -1).permute(2, 0, 1)
@@ -48,16 +46,7 @@ def contract_bases(weight: Tensor, bias: Tensor, cells: Tensor, grid: Sequence[i
     return kernels.reshape(-1, len(rows), cells.shape[2]).contiguous()
 
 
-def block_mixtures(grid: Sequence[int], cell_shape: Sequence[int]) -> Tensor:
-    """The mixture that each block of ``contract_bases`` belongs to, ``(B,)``."""
-    num_positions, num_out_groups, num_in_groups = grid
-    c_out, _, *cell_kernel = cell_shape
-    mixtures = torch.arange(math.prod(grid)).view(*grid).permute(1, 0, 2)
-    size = (num_out_groups, c_out, num_positions, math.prod(cell_kernel), num_in_groups)
-    return mixtures[:, None, :, None].expand(size).flatten()
-
-
-def mix_bases(hidden: Tensor, norms: Tensor, bases: Tensor, mixtures: Tensor,
+def mix_bases(hidden: Tensor, norms: Tensor, bases: Tensor, grid: Sequence[int],
               kernel_shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
     """The kernels of a batch.
 
@@ -65,7 +54,7 @@ def mix_bases(hidden: Tensor, norms: Tensor, bases: Tensor, mixtures: Tensor,
         hidden: h, not negative, ``(N, hidden)``.
         norms: ``|z_i|_1 + EPS``, ``(N, m)``.
         bases: ``(B, hidden + 1, width)``.
-        mixtures: ``(B,)``.
+        grid: ``(S, OG, IG)``.
         kernel_shape: ``(C_out, C_in / groups, *k)``.
         dtype: Of the kernels, by default the bases'.
 
@@ -73,5 +62,5 @@ def mix_bases(hidden: Tensor, norms: Tensor, bases: Tensor, mixtures: Tensor,
         ``(N, *kernel_shape)``.
     """
     weights = torch.cat((hidden, hidden.new_ones(hidden.shape[0], 1)), 1)
-    return operators.mix_bases(weights, 1 / norms, bases, mixtures, kernel_shape,
+    return operators.mix_bases(weights, 1 / norms, bases, grid, kernel_shape,
                                dtype or bases.dtype)

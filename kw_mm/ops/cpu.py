@@ -57,19 +57,20 @@ def assemble_grad_cells(pieces: Tensor, alpha: Tensor) -> Tensor:
     return grads.view(len(grads), *pieces.shape[4:])
 
 
-def mix_bases(weights: Tensor, scales: Tensor, bases: Tensor, mixtures: Tensor,
+def mix_bases(weights: Tensor, scales: Tensor, bases: Tensor, grid: Sequence[int],
               kernel_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """See ``operators.mix_bases``."""
     num_samples, (num_blocks, _, width) = weights.shape[0], bases.shape
     # Of one sample the bases of active units alone are read.
     active = weights[0].nonzero().squeeze(1) if num_samples == 1 else None
+    by_block = products.scales_by_block(scales, grid, kernel_shape)
     if compiled.mixes(bases, dtype):
         mixed = reused_empty((num_samples, num_blocks, width), dtype)
-        compiled.mix_blocks(weights, bases, mixed.transpose(0, 1), active, scales[:, mixtures].T)
+        compiled.mix_blocks(weights, bases, mixed.transpose(0, 1), active, by_block.T)
     elif active is not None and bases.dtype == dtype:
-        mixed = _sum_active(weights[0, active], scales[0, mixtures], bases, active).unsqueeze(0)
+        mixed = _sum_active(weights[0, active], by_block[0], bases, active).unsqueeze(0)
     else:
-        return products.mix_bases(weights, scales, bases, mixtures, kernel_shape, dtype)
+        return products.mix_bases(weights, scales, bases, grid, kernel_shape, dtype)
     return products.bases_as_kernel(mixed, kernel_shape)
 
 

@@ -64,6 +64,18 @@ def view_as_kernel(memory: Tensor, grid: Sequence[int], cells_shape: Sequence[in
     return memory.view(*memory.shape[:3], *kernel_size)
 
 
+def block_shape(grid: Sequence[int], kernel_shape: Sequence[int]) -> tuple[int, ...]:
+    """The blocks of kernels ``(C_out, C_in, *k)`` that belong to one mixture each.
+
+    Returns:
+        ``(OG, c_out, S, positions of a cell, IG)``, in the order of memory with positions last.
+    """
+    num_positions, num_out_groups, num_in_groups = grid
+    out_channels, _, *kernel_size = kernel_shape
+    return (num_out_groups, out_channels // num_out_groups, num_positions,
+            math.prod(kernel_size) // num_positions, num_in_groups)
+
+
 def positions_last(memory: Tensor, kernel_size: Sequence[int]) -> Tensor:
     """Kernels ``(N, out, in / groups, *k)`` in memory ``(N, out, prod(k), in / groups)``."""
     if 1 in memory.shape[2:]:

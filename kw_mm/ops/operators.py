@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import cpu, cuda, dispatch, products
-from .layout import cut_kernel, memory_shape, positions_last, view_as_kernel
+from .layout import block_shape, cut_kernel, memory_shape, positions_last, view_as_kernel
+from .products import scales_by_block
 
 # Whether the dispatcher knows them.
 ARE_REGISTERED = dispatch.IS_POSSIBLE
@@ -72,22 +73,23 @@ def assemble_grad_cells(pieces: Tensor, alpha: Tensor) -> Tensor:
     return _assemble_grad_cells(pieces, alpha)
 
 
-def mix_bases(weights: Tensor, scales: Tensor, bases: Tensor, mixtures: Tensor,
+def mix_bases(weights: Tensor, scales: Tensor, bases: Tensor, grid: Sequence[int],
               kernel_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """``scales[:, mixtures[b]] * (weights @ bases[b])`` for every block b; see ``kw_mm.ops.bases``.
+    """``scales[:, i] * (weights @ bases[b])`` for every block b of every mixture i; see
+    ``kw_mm.ops.bases``.
 
     Args:
         weights: ``(N, H)``.
         scales: ``(N, m)``.
         bases: ``(B, H, width)``.
-        mixtures: ``(B,)``, in int64.
+        grid: ``(S, OG, IG)``, the places of mixtures in the kernel; m in all.
         kernel_shape: ``(C_out, C_in, *k)``.
         dtype: Of the kernels.
 
     Returns:
         ``(N, *kernel_shape)``, new memory in the order (N, C_out, k, C_in).
     """
-    return _mix_bases(weights, scales, bases, mixtures, kernel_shape, dtype)
+    return _mix_bases(weights, scales, bases, grid, kernel_shape, dtype)
 
 
 if not ARE_REGISTERED:
@@ -164,7 +166,7 @@ else:
 
     # mix_bases
 
-    def _fake_mix_bases(weights: Tensor, scales: Tensor, bases: Tensor, mixtures: Tensor,
+    def _fake_mix_bases(weights: Tensor, scales: Tensor, bases: Tensor, grid: Sequence[int],
                         kernel_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         out_channels, in_channels, *kernel_size = kernel_shape
         memory = bases.new_empty(weights.shape[0], out_channels, math.prod(kernel_size),
@@ -172,13 +174,15 @@ else:
         return positions_last(memory, kernel_size)
 
     def _setup_mix_bases(ctx: Any, inputs: tuple) -> None:
-        ctx.save_for_backward(*inputs[:4])
+        ctx.save_for_backward(*inputs[:3])
+        ctx.grid, ctx.kernel_shape = inputs[3:5]
 
     def _mix_bases_backward(ctx: Any, grad: Tensor) -> tuple:
-        weights, scales, bases, mixtures = ctx.saved_tensors
+        weights, scales, bases = ctx.saved_tensors
         grad = grad.flatten(3).transpose(2, 3).reshape(len(grad), len(bases), bases.shape[2])
         # By block, (B, N, ...).
-        grad, by_block = grad.transpose(0, 1), scales.T[mixtures].unsqueeze(-1)
+        grad = grad.transpose(0, 1)
+        by_block = scales_by_block(scales, ctx.grid, ctx.kernel_shape).T.unsqueeze(-1)
         grad_bases = None
         if ctx.needs_input_grad[2]:
             factors = (by_block * weights).transpose(1, 2)
@@ -186,9 +190,10 @@ else:
         # What each block gives to the products of weights and scales.
         shares = (grad @ bases.transpose(1, 2).to(grad.dtype)).to(scales.dtype)
         grad_weights = (shares * by_block).sum(0).to(weights.dtype)
-        grad_scales = torch.zeros_like(scales).index_add(
-            1, mixtures, (shares * weights).sum(-1).T.to(scales.dtype))
-        return grad_weights, grad_scales, grad_bases, None, None, None
+        # (N, OG, c_out, S, positions, IG) to (N, S, OG, IG)
+        grad_scales = (shares * weights).sum(-1).T.unflatten(
+            1, block_shape(ctx.grid, ctx.kernel_shape)).sum((2, 4)).transpose(1, 2)
+        return grad_weights, grad_scales.reshape(scales.shape), grad_bases, None, None, None
 
     _assemble = dispatch.register(
         'assemble(Tensor alpha, Tensor cells, SymInt[] grid, SymInt[] kernel_size, '
@@ -201,7 +206,7 @@ else:
         'assemble_grad_cells(Tensor pieces, Tensor alpha) -> Tensor',
         _MODULES, _fake_grad_cells, _setup_gradient, _grad_cells_backward)
     _mix_bases = dispatch.register(
-        'mix_bases(Tensor weights, Tensor scales, Tensor bases, Tensor mixtures, '
+        'mix_bases(Tensor weights, Tensor scales, Tensor bases, SymInt[] grid, '
         'SymInt[] kernel_shape, ScalarType dtype) -> Tensor',
         _MODULES, _fake_mix_bases, _setup_mix_bases, _mix_bases_backward)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .cell_storage import MIN_CELLS, stored_by_rows
-from .layout import has_positions_last, memory_shape, positions_last, view_as_kernel
+from .layout import block_shape, has_positions_last, memory_shape, positions_last, view_as_kernel
 
 # A product of few rows and a very wide matrix runs at a fraction of a CPU's rate. Cut into blocks
 # of at least so many columns it is a batch of products that stay in the cache, 2 to 4 times as
@@ -73,13 +73,20 @@ def assemble_grad_cells(pieces: Tensor, alpha: Tensor) -> Tensor:
     return grads.view(alpha.shape[2], *pieces.shape[4:])
 
 
-def mix_bases(weights: Tensor, scales: Tensor, bases: Tensor, mixtures: Tensor,
+def mix_bases(weights: Tensor, scales: Tensor, bases: Tensor, grid: Sequence[int],
               kernel_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """See ``operators.mix_bases``."""
     # Few rows and a wide matrix, as in assembly, in blocks from the outset.
-    factors = scales.T[mixtures].unsqueeze(-1) * weights
+    factors = scales_by_block(scales, grid, kernel_shape).T.unsqueeze(-1) * weights
     mixed = _batch_product(factors.to(dtype), bases.to(dtype)).transpose(0, 1)
     return bases_as_kernel(mixed, kernel_shape)
+
+
+def scales_by_block(scales: Tensor, grid: Sequence[int], kernel_shape: Sequence[int]) -> Tensor:
+    """What mixtures have, ``(N, m)``, for each of their blocks of bases, ``(N, B)``."""
+    # (N, S, OG, IG) to (N, OG, c_out, S, positions, IG)
+    by_place = scales.unflatten(1, grid).transpose(1, 2)[:, :, None, :, None, :]
+    return by_place.expand(-1, *block_shape(grid, kernel_shape)).flatten(1)
 
 
 def bases_as_kernel(mixed: Tensor, kernel_shape: Sequence[int]) -> Tensor:

@@ -253,12 +253,13 @@ def test_gradients_of_kernels_of_any_strides(data, g):
 @pytest.mark.parametrize('batch', [0, 1, 3])
 def test_bases_in_single_precision(batch, calls):
     torch.manual_seed(0)
-    mixtures = torch.tensor([0, 1, 2, 2, 1, 0])
+    # Two output channels of three positions, which have mixtures of their own.
+    mixtures = torch.tensor([0, 1, 2, 0, 1, 2])
     hidden, norms = torch.randn(batch, 4).relu(), torch.rand(batch, 3) + 1
     bases = torch.randn(len(mixtures), 5, 33)
     exact = torch.einsum('bk,ukw->buw', torch.cat((hidden, torch.ones(batch, 1)), 1).double(),
                          bases.double()) / norms[:, mixtures].double().unsqueeze(-1)
-    found = ops.mix_bases(hidden, norms, bases, mixtures, (2, 33, 3))
+    found = ops.mix_bases(hidden, norms, bases, (3, 1, 1), (2, 33, 3))
     close(found.transpose(2, 3).flatten(1, 2), exact, 5)
     assert calls == ['kw_mm_mix'] * (batch > 0)
 

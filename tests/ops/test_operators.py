@@ -40,7 +40,7 @@ def bases_inputs(dtype=torch.float64):
     torch.manual_seed(0)
     tensors = [torch.rand(2, 4, dtype=dtype), torch.rand(2, 3, dtype=dtype) + 1,
                torch.randn(6, 4, 5, dtype=dtype)]
-    return [t.requires_grad_() for t in tensors], torch.tensor([0, 1, 2, 2, 1, 0]), (2, 5, 3)
+    return [t.requires_grad_() for t in tensors], (3, 1, 1), (2, 5, 3)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
@@ -58,9 +58,9 @@ def test_the_dispatcher_s_own_checks(case, dtype):
 
 
 def test_the_dispatcher_s_own_checks_of_bases():
-    tensors, mixtures, shape = bases_inputs()
+    tensors, grid, shape = bases_inputs()
     torch.library.opcheck(torch.ops.kw_mm.mix_bases.default,
-                          (*tensors, mixtures, shape, torch.float64))
+                          (*tensors, grid, shape, torch.float64))
 
 
 @pytest.mark.parametrize('scaled', [False, True])
@@ -79,10 +79,10 @@ def test_gradients_of_two_orders(case, scaled):
 
 
 def test_gradients_of_two_orders_of_bases():
-    tensors, mixtures, shape = bases_inputs()
+    tensors, grid, shape = bases_inputs()
 
     def kernel(*tensors):
-        return operators.mix_bases(*tensors, mixtures, shape, tensors[0].dtype)
+        return operators.mix_bases(*tensors, grid, shape, tensors[0].dtype)
 
     assert torch.autograd.gradcheck(kernel, tensors)
     assert torch.autograd.gradgradcheck(kernel, tensors)
@@ -175,9 +175,9 @@ def test_flops_are_counted():
     with counter:
         loss.backward()
     assert counter.get_total_flops() == 2 * work
-    tensors, mixtures, shape = bases_inputs(torch.float32)
+    tensors, grid, shape = bases_inputs(torch.float32)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        operators.mix_bases(*tensors, mixtures, shape, tensors[0].dtype)
+        operators.mix_bases(*tensors, grid, shape, tensors[0].dtype)
     assert counter.get_total_flops() == 2 * 2 * tensors[2].numel()
 
 

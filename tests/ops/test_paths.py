@@ -96,9 +96,8 @@ def test_bases_give_the_kernels_of_the_attention(g, batch, hidden, scaled, dead,
     def kernels(weight, bias, cells, before, scale):
         logits = torch.einsum('mnh,bh->bmn', weight, before.relu()) + bias
         bases = ops.contract_bases(weight[:, :-1], bias[:, :-1], cells, grid, scale)
-        mixtures = ops.block_mixtures(grid, cells.shape[1:])
         return ops.mix_bases(
-            before.relu(), ops.logit_norms(logits), bases, mixtures,
+            before.relu(), ops.logit_norms(logits), bases, grid,
             (grid[1] * cells.shape[1], grid[2] * cells.shape[2], *g['kernel_size']))
 
     def literal(weight, bias, cells, before, scale):
