@@ -1,5 +1,5 @@
 # Two commands from nothing: `make demo` and `make test`. Both first build the environment in
-# .venv (about 10 minutes, most of it compiling mmcv), and reuse it from then on.
+# .venv (README.md says how long that takes), and reuse it from then on.
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -23,13 +23,13 @@ unexport PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-seg test env check lint clean distclean
+.PHONY: help demo demo-seg test quick env check lint clean distclean
 
 help:  ## say what can be made
 	@echo 'Type one of these; what needs the environment makes it first.'
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
 	@echo 'Variables: PYTHON=python3.11 (3.11 or newer), MAX_JOBS=2 (files compiled at a time),'
-	@echo '  PYTEST_ARGS="-m \"not slow\"", DEMO_ARGS="--help"'
+	@echo '  PYTEST_ARGS="tests/models", DEMO_ARGS="--help"'
 
 demo: env  ## train a small detector with KernelWarehouse
 	@$(PY) tools/demo.py $(DEMO_ARGS)
@@ -38,11 +38,17 @@ demo-seg: env  ## train a small segmentor with KernelWarehouse
 	@$(PY) tools/demo.py --config configs/demo/fpn_kw1x-r18_shapes.py \
 	  --work-dir work_dirs/demo-seg $(DEMO_ARGS)
 
-# Most tests are small: a process of one thread per core is faster than one of many threads.
+# Most tests are small: a process of one thread per core is faster than one of many threads. Each
+# process begins with its part of the files, because what tests of a file share is made once then.
+RUN_TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
+
 test: env  ## ruff, then all tests with coverage
 	@$(PY) -m ruff check .
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --cov=kw_mm --cov-report=term \
-	  $(PYTEST_ARGS)
+	@$(RUN_TESTS) --cov=kw_mm --cov-report=term $(PYTEST_ARGS)
+
+quick: env  ## ruff, then the quick tests: what to run before a commit
+	@$(PY) -m ruff check .
+	@$(RUN_TESTS) -m 'not slow' $(PYTEST_ARGS)
 
 env: $(STEPS)/checked  ## make .venv, or finish it
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
@@ -68,6 +69,52 @@ def test_output_goes_to_the_log(build_mmcv, tmp_path: Path) -> None:
     assert build_mmcv.run_with_progress([sys.executable, '-c', code], {}, log, progress) == 5
     assert log.read_text() == '[3/9] c++\n'
     assert (progress.done, progress.total) == (3, 9)
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Makes CXX a compiler that says who it is and what it is called with."""
+    def compiler(name: str) -> Path:
+        script = tmp_path / 'compiler'
+        script.write_text(f'#!/bin/sh\necho "{name}" "$@"\n')
+        script.chmod(0o755)
+        monkeypatch.setenv('CXX', f'{script} -pipe')
+        return script
+    return compiler
+
+
+def environment(build_mmcv, monkeypatch, tmp_path: Path, gpu: bool) -> tuple[dict, float]:
+    monkeypatch.setattr(build_mmcv, 'gpu_support', lambda: (gpu, gpu))
+    monkeypatch.delenv('FORCE_CUDA', raising=False)
+    return build_mmcv.build_environment(tmp_path)
+
+
+def test_gcc_compiles_sooner(build_mmcv, monkeypatch, tmp_path, compiler) -> None:
+    compiler('Copyright (C) Free Software Foundation, Inc.')
+    env, seconds = environment(build_mmcv, monkeypatch, tmp_path, gpu=False)
+    assert seconds == build_mmcv.CORE_SECONDS_PRECOMPILED
+    said = subprocess.run([env['CXX'], '-v', 'a b'], capture_output=True, text=True)
+    assert said.stdout.strip().endswith('Foundation, Inc. -pipe -v a b')
+
+
+@pytest.mark.parametrize('name, gpu, wanted', [
+    ('Debian clang version 14.0.6', False, 'CORE_SECONDS_CPU'),
+    ('Free Software Foundation', True, 'CORE_SECONDS_CUDA')])
+def test_other_compilers_and_cuda_as_pip_calls_them(
+        build_mmcv, monkeypatch, tmp_path, compiler, name: str, gpu: bool, wanted: str) -> None:
+    script = compiler(name)
+    env, seconds = environment(build_mmcv, monkeypatch, tmp_path, gpu)
+    assert env['CXX'] == f'{script} -pipe'
+    assert seconds == getattr(build_mmcv, wanted)
+
+
+def test_no_compiler_and_folders_without_scripts(build_mmcv, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv('CXX', 'no-such-compiler')
+    assert build_mmcv.wrap_compiler(tmp_path) is None
+    monkeypatch.delenv('CXX')
+    monkeypatch.setattr(Path, 'chmod', lambda self, mode: None)  # as if mounted with noexec
+    (tmp_path / 'c++').unlink()
+    assert build_mmcv.wrap_compiler(tmp_path) is None
 
 
 class Pip:

@@ -19,6 +19,9 @@ ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / 'configs' / 'demo' / 'mask-rcnn_kw1x-r18_fpn_shapes.py'
 SEG_CONFIG = ROOT / 'configs' / 'demo' / 'fpn_kw1x-r18_shapes.py'
 
+# Seconds after which a process hangs. On a busy machine a run took more than 300.
+PATIENCE = 1800
+
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
@@ -42,7 +45,7 @@ def start(tool, config, *args):
 
 
 def finish(process):
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, output
     return output
 
@@ -70,7 +73,7 @@ def test_a_killed_run_resumes_to_the_bit(data, tmp_path):
     assert f'KWResNet starts from the static weights of {weights}' in output
 
     process = start('train.py', config, '--work-dir', killed, *options(data))
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + PATIENCE
     while not losses(killed):  # the second epoch has begun
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
@@ -91,6 +94,7 @@ def test_a_killed_run_resumes_to_the_bit(data, tmp_path):
     assert 'coco/segm_mAP' in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('config, widths, kind, figure', [
     (CONFIG, [8, 16, 32, 64], 'Mask R-CNN', 'mask AP (0.50:0.95)'),
     (SEG_CONFIG, [8, 16, 32], 'Semantic FPN', 'mean IoU')])

@@ -64,9 +64,9 @@ class Attention(nn.Module):
             self.fc2 = nn.Linear(plan.hidden, m * (n + 1), **factory)
             self.fc3 = self.basis_bias = None
         beta = torch.zeros(m, n, **factory)
-        for mixture, cell in enumerate(own.columns):
-            if cell is not None:
-                beta[mixture, cell] = 1
+        tied = [pair for pair in enumerate(own.columns) if pair[1] is not None]
+        if tied:
+            beta[tuple(torch.tensor(tied, device=beta.device).T)] = 1
         self.register_buffer('beta', beta, persistent=False)
         self.register_buffer('tau', torch.zeros((), dtype=torch.float64, device=device),
                              persistent=False)
@@ -74,6 +74,8 @@ class Attention(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws initial values (method, section 5)."""
+        if self.fc1.weight.is_meta:  # there is nothing to draw, and torch takes long about it
+            return
         for layer in (self.fc1, self.fc2, self.fc3):
             if layer is not None:
                 nn.init.kaiming_normal_(layer.weight, mode='fan_out', nonlinearity='relu')

@@ -33,7 +33,7 @@ class WarehouseManager(nn.Module):
         """Draws the cells of each layer as one convolution of their size (method, section 5)."""
         for layer in self.plan.layers.values():
             own = layer.assignment
-            if own.num_cells:
+            if own.num_cells and not self.weights[layer.warehouse].is_meta:
                 with torch.no_grad():
                     cells = self.weights[layer.warehouse][own.first_cell:own.stop_cell]
                     nn.init.kaiming_normal_(cells.flatten(0, 1), mode='fan_out',

@@ -310,6 +310,7 @@ def test_cuda_graphs_need_cuda():
 
 # Tiny runs.
 
+@pytest.mark.slow
 def test_memory_of_a_step_in_a_process_of_its_own():
     workload = Workload('memory', 2, 64, 64)
     found = measure_memory('KWResNet', dict(cell_num_ratio=4), dict(depth=18, base_channels=16),
@@ -342,6 +343,7 @@ def test_distinct_layers():
     assert ('layer2.0.downsample.0', (3, 4, 16, 16), 1) in found
 
 
+@pytest.mark.slow
 def test_whole_detectors():
     folder = CONFIGS / 'demo'
     checks, rows = compare_detectors(

@@ -108,6 +108,7 @@ def test_parts():
             measure_module(model, x, parts=['2'])
 
 
+@pytest.mark.slow
 def test_two_stages():
     cfg = Config.fromfile(CONFIGS / 'demo' / 'mask-rcnn_kw1x-r18_fpn_shapes.py')
     parts = ['backbone', 'neck', 'rpn_head', 'roi_head.bbox_head', 'roi_head.mask_head']
@@ -134,6 +135,7 @@ def test_two_stages():
         100 * (4 * 256 * 256 * 9 + 256 * 256 * 4 + 4 * 256 * 80) * 14 * 14] * 3
 
 
+@pytest.mark.slow
 def test_a_model_whose_shapes_hang_on_values():
     # DINO chooses its queries among the positions of the encoder.
     cfg = Config.fromfile(CONFIGS / 'dino' / 'dino-4scale_kw1x-r50_8xb2-12e_coco.py')

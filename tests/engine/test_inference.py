@@ -16,6 +16,9 @@ from kw_mm.datasets import SHAPE_CLASSES, write_shapes
 from kw_mm.engine.inference import Predictor, find_images, scope_of
 from kw_mm.engine.local_training import use_shapes
 
+# For the three trainings.
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 CONFIGS = dict(det=ROOT / 'configs' / 'demo' / 'mask-rcnn_kw1x-r18_fpn_shapes.py',
                seg=ROOT / 'configs' / 'demo' / 'fpn_kw1x-r18_shapes.py')

@@ -181,6 +181,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_process_ddp_gives_the_gradients_of_the_global_batch(tmp_path):
     script = tmp_path / 'train.py'
     script.write_text(textwrap.dedent(DDP_SCRIPT.format(folder=os.path.dirname(__file__))))

@@ -23,7 +23,9 @@ BACKBONES = {
 }
 
 
-@pytest.mark.parametrize('name', BACKBONES)
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=pytest.mark.slow if '50' in name or 'convnext' in name else ())
+    for name in BACKBONES])
 def test_it_computes_what_the_authors_compute(name):
     expected = golden.load(name)
     backbone, kwargs = BACKBONES[name]

@@ -42,6 +42,7 @@ def test_nothing_is_said_of_speed_when_parity_fails(tool, monkeypatch, capsys, t
     assert not any(file.exists() for file in files)
 
 
+@pytest.mark.slow
 def test_a_tiny_suite_without_a_gpu(tool, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(tool, 'PAPER_CPU', {

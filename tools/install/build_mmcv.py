@@ -5,6 +5,9 @@
 mmcv has no wheels for current versions of torch, so pip compiles its C++ files against the torch
 that is installed; torch, setuptools, wheel, ninja and psutil must be there before. pip caches
 the wheel, so a second environment gets it in seconds.
+
+GCC compiles for the CPU through precompiled.py beside this file, in a fraction of the time; other
+compilers, and GCC beside nvcc, as pip calls them.
 """
 from __future__ import annotations
 
@@ -12,17 +15,23 @@ import argparse
 import os
 import queue
 import re
+import shlex
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 # Beside this file, which is where Python looks for modules of a script.
-from check_env import NMS_ON_CPU, read_pins, run_python
+from check_env import NMS_ON_CPU, load_supported, read_pins, run_python
 
-# Compiling the CPU operators took 6.5 minutes on two cores; with CUDA, 31.
+PRECOMPILED = Path(__file__).resolve().with_name('precompiled.py')
+
+# Compiling the CPU operators took ... minutes on two cores; as pip calls the compiler, ...; with
+# CUDA, 31.
+CORE_SECONDS_PRECOMPILED = 2 * 2 * 60
 CORE_SECONDS_CPU = 2 * 7 * 60
 CORE_SECONDS_CUDA = 2 * 31 * 60
 
@@ -154,8 +163,38 @@ def gpu_support() -> tuple[bool, bool]:
     return answer[:1] == ['True'], answer[1:] == ['True']
 
 
-def build_environment() -> tuple[dict[str, str], float]:
-    """Returns environment variables for the build and how long one core would compile."""
+def is_gcc(compiler: list[str]) -> bool:
+    """Tells whether a command runs, and is GCC."""
+    try:
+        done = subprocess.run([*compiler, '--version'], capture_output=True, text=True)
+    except OSError:
+        return False
+    return done.returncode == 0 and 'Free Software Foundation' in done.stdout
+
+
+def wrap_compiler(folder: Path) -> Path | None:
+    """Writes a command that compiles as torch's default compiler does, but sooner.
+
+    Args:
+        folder: An empty folder, for the command and what it leaves.
+
+    Returns:
+        The command, or None if the compiler is not GCC or scripts do not run in the folder.
+    """
+    compiler = shlex.split(os.environ.get('CXX') or 'c++')
+    script = folder / 'c++'
+    wrapped = shlex.join([sys.executable, str(PRECOMPILED), str(folder), *compiler])
+    script.write_text(f'#!/bin/sh\nexec {wrapped} "$@"\n', encoding='utf-8')
+    script.chmod(0o700)
+    return script if is_gcc([str(script)]) else None
+
+
+def build_environment(folder: Path) -> tuple[dict[str, str], float]:
+    """Returns environment variables for the build and how long one core would compile.
+
+    Args:
+        folder: An empty folder that is there for as long as the build.
+    """
     env = dict(os.environ, MMCV_WITH_OPS='1', PYTHONUNBUFFERED='1')
     if not env.get('MAX_JOBS'):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
@@ -169,7 +208,12 @@ def build_environment() -> tuple[dict[str, str], float]:
               f'{sys.executable} {__file__} --again', flush=True)
         # mmcv compiles CUDA files whenever torch sees a GPU.
         env['CUDA_VISIBLE_DEVICES'] = ''
-    return env, CORE_SECONDS_CUDA if with_cuda else CORE_SECONDS_CPU
+    if with_cuda:
+        return env, CORE_SECONDS_CUDA
+    wrapper = wrap_compiler(folder)
+    if wrapper is None:
+        return env, CORE_SECONDS_CPU
+    return dict(env, CXX=str(wrapper)), CORE_SECONDS_PRECOMPILED
 
 
 def install(requirement: str, constraint: Path | None, log: Path, again: bool) -> bool:
@@ -187,19 +231,20 @@ def install(requirement: str, constraint: Path | None, log: Path, again: bool) -
     Raises:
         SystemExit: If pip fails; the end of the log has been printed.
     """
-    env, core_seconds = build_environment()
     command = [sys.executable, '-m', 'pip', 'install', '-v', '--disable-pip-version-check',
                '--no-build-isolation', requirement]
     if constraint is not None:
         command += ['-c', str(constraint)]
     if again:
         command += ['--no-cache-dir', '--no-binary', 'mmcv', '--force-reinstall', '--no-deps']
-    jobs = max(1, int(env['MAX_JOBS']))
-    print(f'Installing {requirement}. Unless pip has a wheel of it in its cache, this compiles '
-          f'C++ for\nabout {minutes(core_seconds / 2)} on two cores; here {jobs} '
-          f'{"file" if jobs == 1 else "files"} at a time (MAX_JOBS). Log: {log}', flush=True)
-    progress = Progress(jobs, core_seconds, time.monotonic())
-    status = run_with_progress(command, env, log, progress)
+    with tempfile.TemporaryDirectory(prefix='mmcv-') as folder:
+        env, core_seconds = build_environment(Path(folder))
+        jobs = max(1, int(env['MAX_JOBS']))
+        print(f'Installing {requirement}. Unless pip has a wheel of it in its cache, this compiles '
+              f'C++ for\nabout {minutes(core_seconds / 2)} on two cores; here {jobs} '
+              f'{"file" if jobs == 1 else "files"} at a time (MAX_JOBS). Log: {log}', flush=True)
+        progress = Progress(jobs, core_seconds, time.monotonic())
+        status = run_with_progress(command, env, log, progress)
     spent = minutes(time.monotonic() - progress.started)
     if status != 0:
         text = log.read_text(encoding='utf-8', errors='replace')
@@ -221,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     pin = read_pins(args.constraint).get('mmcv') if args.constraint else None
-    requirement = f'mmcv=={pin}' if pin else 'mmcv'
+    requirement = f'mmcv=={pin}' if pin else f'mmcv{load_supported()["SUPPORTED"]["mmcv"]}'
     prefix = Path(sys.prefix)
     log = prefix / 'mmcv-build.log'
     # Which torch the operators were compiled for: neither the wheel nor pip knows it.
