@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...config import WarehouseConfig
 from ...layers import KWConv2d, WarehouseManager
+from ...layers.loading import check_fit
 from ...plan import ConvSpec, WarehousePlan, plan_warehouses
 
 
@@ -85,6 +86,11 @@ class KWBackbone(BaseModule):
                       'is loaded, these stages stay at their random initial values',
                       logger='current', level=logging.WARNING)
         super().init_weights()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        check_fit(self, state_dict, prefix, may_lack=self.static_optional,
+                  may_have=(*self.static_extras, *self.static_optional), is_backbone=True)
 
     def _conv(self, name: str, in_channels: int, out_channels: int, kernel_size: int,
               **kwargs: Any) -> nn.Module:
