@@ -2,19 +2,25 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import functools
 import gc
 import logging
+import textwrap
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
+import mmengine.runner
 import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.dist import utils as dist_utils
 from mmengine.logging import HistoryBuffer, print_log
+from mmengine.runner import checkpoint as mmengine_checkpoint
+
+from .layers.loading import CheckpointMismatch, describe_keys, is_strict, whole_load
 
 # The methods that mmengine registers with every history buffer, by the names a pickle has.
 _STATISTICS = {name: getattr(HistoryBuffer, name)
@@ -25,9 +31,10 @@ _ACCELERATOR_BACKENDS = ('nccl', 'cncl', 'hccl', 'mccl')
 
 
 def apply() -> None:
-    """Makes mmengine checkpoints load, distributed CPU runs start, bfloat16 runs detect; may run
-    again."""
+    """Makes mmengine checkpoints load, and load whole, distributed CPU runs start, bfloat16 runs
+    detect; may run again."""
     allow_mmengine_checkpoints()
+    let_mmengine_refuse_checkpoints()
     patch_pytorch_launcher()
     let_mmcv_ops_take_bfloat16()
 
@@ -68,6 +75,79 @@ def _history_getattr(obj: Any, name: str) -> Callable:
         return _STATISTICS[name]
     raise ValueError(f'a checkpoint must not ask for getattr({obj!r}, {name!r}): only '
                      f'{list(_STATISTICS)} of HistoryBuffer are allowed')
+
+
+# mmengine loads what fits and logs the rest, in a Runner as in inferencers: a model for which the
+# checkpoint has nothing at all is tested as it was initialised.
+
+def let_mmengine_refuse_checkpoints() -> None:
+    """Makes mmengine's ``load_state_dict`` take a state dict for all of the module it is given.
+
+    Within ``strict_loading`` it refuses every difference. Models without KW layers are loaded as
+    ever otherwise.
+    """
+    original = mmengine_checkpoint.load_state_dict
+    if hasattr(original, 'refuses_checkpoints'):
+        return
+
+    @functools.wraps(original)
+    def load_state_dict(module: torch.nn.Module, state_dict: Any, strict: bool = False,
+                        logger: Any = None) -> None:
+        if is_strict():
+            strict = True
+            state_dict = _without_preprocessor(state_dict)
+        with whole_load() as load:
+            try:
+                original(module, state_dict, strict, logger)
+            except RuntimeError as error:
+                if 'do not match exactly' not in str(error) or not is_strict():
+                    raise
+                load.check(module, state_dict)
+                is_static = not load.fitting and not load.absent
+                is_kw = is_static and any('warehouse_manager.' in key for key in state_dict)
+                raise CheckpointMismatch(_shortened(str(error), is_kw)) from error
+        load.check(module, state_dict)
+        for line in _left_out(module, state_dict, load.absent) if load.fitting else ():
+            print_log(line, logger=logger, level=logging.WARNING)
+
+    load_state_dict.refuses_checkpoints = True
+    mmengine_checkpoint.load_state_dict = mmengine.runner.load_state_dict = load_state_dict
+
+
+def _without_preprocessor(state_dict: Any) -> Any:
+    """Without the means of images, which are in files of old and nowadays in the config."""
+    kept = copy.copy(state_dict)
+    for name in ('mean', 'std'):
+        kept.pop(f'data_preprocessor.{name}', None)
+    return kept
+
+
+def _shortened(message: str, is_kw: bool) -> str:
+    """mmengine's list of differences, whose lines name hundreds of keys, and what to do.
+
+    Args:
+        message: mmengine's own.
+        is_kw: Whether the checkpoint is that of a KW network and the model has no KW layer.
+    """
+    lines = [textwrap.shorten(line, 300, placeholder=' ...')
+             for line in message.splitlines() if line]
+    lines.append('Testing and resuming need the config with which the checkpoint was trained'
+                 + (', that of a KW network' if is_kw else ''))
+    return '\n'.join(lines)
+
+
+def _left_out(module: torch.nn.Module, state_dict: Any, absent: Any) -> Iterator[str]:
+    """What a person must know of a load that went well for all KW layers it is about."""
+    own = module.state_dict()
+    layers = dict.fromkeys(key.rpartition('.')[0] for key, value in state_dict.items()
+                           if key in own and getattr(own[key], 'shape', None) != getattr(
+                               value, 'shape', None))
+    if layers:
+        yield ('These have other shapes in the checkpoint, as with another number of classes, and '
+               f'stay as they were initialised: {", ".join(layers)}')
+    if absent:
+        yield ('The checkpoint has nothing for these, which stay as they were initialised: '
+               f'{describe_keys(6, parts=list(absent))}')
 
 
 # mmengine's launcher for torchrun calls torch.cuda.set_device whatever the backend, which fails

@@ -41,7 +41,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             launch.enable_tta_(cfg)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
-    launch.build_runner(cfg).test()
+    runner = launch.build_runner(cfg)
+    try:
+        with launch.strict_loading():
+            runner.test()
+    except launch.CheckpointMismatch as error:
+        parser.error(str(error))
 
 
 if __name__ == '__main__':

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 
 import kw_mm  # noqa: F401  (registers everything, for configs without custom_imports too)
@@ -31,16 +32,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             launch.enable_amp_(cfg)
         if args.auto_scale_lr:
             launch.enable_auto_scale_lr_(cfg)
-        if args.resume:
-            resumed = launch.set_resume_(cfg, args.resume)
+        if args.resume or cfg.get('resume'):
+            resumed = launch.set_resume_(cfg, args.resume or cfg.get('load_from') or 'auto')
         elif cfg.get('load_from'):
-            launch.check_checkpoint(cfg.load_from, resume=cfg.get('resume', False))
+            launch.check_checkpoint(cfg.load_from)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     runner = launch.build_runner(cfg)
     if resumed:
         launch.skip_initialisation_(runner)
-    runner.train()
+    try:
+        with launch.strict_loading() if resumed else contextlib.nullcontext():
+            runner.train()
+    except launch.CheckpointMismatch as error:
+        parser.error(str(error))
 
 
 if __name__ == '__main__':

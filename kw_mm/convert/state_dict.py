@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from ..layers import KWLinear, StartReport, WarehouseManager, start_from_static_
+from ..layers.loading import describe_keys
 from .candidates import KW_LAYERS
 from .surgery import all_paths
 
@@ -42,7 +43,8 @@ def start_from_state_dict_(module: nn.Module, state_dict: Mapping[str, Tensor]) 
         (layer, fitted.pop(f'{names[0]}.weight'), fitted.pop(f'{names[0]}.bias', None))
         for layer, names in layers.items())
     own = module.state_dict()
-    module.load_state_dict({k: v for k, v in fitted.items() if k in own}, strict=False)
+    # What starts from static weights is there already; a KW layer is loaded whole or not at all.
+    module.load_state_dict({**own, **{k: v for k, v in fitted.items() if k in own}}, strict=False)
     return _with_paths(report, layers)
 
 
@@ -101,13 +103,9 @@ def check_keys(expected: Mapping[str, Sequence[int]], given: Mapping[str, Sequen
     unknown = [key for key in given if key not in expected]
     misshapen = [f'{key} {tuple(given[key])} for {tuple(shape)}' for key, shape in expected.items()
                  if key in given and not same_shape(given[key], shape)]
-    problems = [f'{len(keys)} {kind}: {", ".join(keys[:MAX_NAMES])}'
-                + (', ...' if len(keys) > MAX_NAMES else '')
-                for kind, keys in (('missing', missing), ('unknown', unknown),
-                                   ('misshapen', misshapen)) if keys]
+    problems = describe_keys(MAX_NAMES, missing=missing, unknown=unknown, misshapen=misshapen)
     if problems:
-        raise ValueError('the state dict must be that of the static network, got keys '
-                         + '; '.join(problems))
+        raise ValueError(f'the state dict must be that of the static network, got keys {problems}')
 
 
 def same_shape(a: Sequence[int], b: Sequence[int]) -> bool:

@@ -11,8 +11,13 @@ from typing import Any
 
 import torch
 
+# Since 2.6 the few classes in mmengine's own checkpoints can be allowed (``kw_mm.compat``); before,
+# what reads nothing else refuses them. None is torch's default, which a variable of the
+# environment can turn round.
+_SAFELY = True if torch.__version__ >= (2, 6) else None
 
-def check_checkpoint(path: str, resume: bool = False) -> None:
+
+def check_checkpoint(path: str, resume: bool = False) -> dict | None:
     """Checks that a file is a checkpoint.
 
     Tensors of files in torch's current format are not read, so that it takes little time.
@@ -22,6 +27,9 @@ def check_checkpoint(path: str, resume: bool = False) -> None:
             passed, for they would have to be downloaded.
         resume: Whether training is to be resumed from it, which takes more than weights.
 
+    Returns:
+        What is in it; None for names with a scheme.
+
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is cut off, is no checkpoint, holds what ``torch.load`` refuses to build,
@@ -29,13 +37,13 @@ def check_checkpoint(path: str, resume: bool = False) -> None:
     """
     # Two letters at least: one is a drive.
     if re.match(r'\w[\w-]+:', path):
-        return
-    # Not weights_only: what torch's default allows is what mmengine will get.
-    checkpoint = _read(path)
+        return None
+    checkpoint = _read(path, weights_only=_SAFELY)
     missing = {'state_dict', 'meta', 'message_hub'} - set(checkpoint)
     if resume and missing:
         raise ValueError(f'checkpoint {path!r} cannot be resumed from, it has no '
                          f'{sorted(missing)}; to start from its weights, set load_from')
+    return checkpoint
 
 
 def read_checkpoint(path: str, allowed: Sequence[type] = ()) -> dict:

@@ -10,6 +10,8 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
+from ..layers.loading import strict_loading
+
 IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
 
 
@@ -45,7 +47,7 @@ class Predictor:
         device: Where to run, for instance ``'cpu'`` or ``'cuda:1'``; None for mmengine's choice.
 
     Raises:
-        ValueError: If the config is of another toolbox.
+        ValueError: If the config is of another toolbox, or the checkpoint of another model.
     """
 
     def __init__(self, cfg: Config, checkpoint: str, device: str | None = None) -> None:
@@ -55,7 +57,9 @@ class Predictor:
                 from mmdet.apis import DetInferencer as Inferencer
             else:
                 from mmseg.apis import MMSegInferencer as Inferencer
-            self.inferencer = Inferencer(cfg, checkpoint, device=device, scope=cfg.default_scope)
+            with strict_loading():
+                self.inferencer = Inferencer(cfg, checkpoint, device=device,
+                                             scope=cfg.default_scope)
 
     @property
     def classes(self) -> tuple[str, ...]:

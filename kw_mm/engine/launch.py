@@ -18,7 +18,12 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from mmengine.visualization import Visualizer
 
 from ..compat import has_accelerator, prepare_cpu_ddp_
+from ..layers.loading import CheckpointMismatch, strict_loading
 from .checkpoint import check_checkpoint
+
+__all__ = ['CheckpointMismatch', 'add_common_options', 'build_runner', 'check_checkpoint',
+           'config_path', 'enable_amp_', 'enable_auto_scale_lr_', 'enable_drawing_', 'enable_tta_',
+           'load_config', 'set_output_', 'set_resume_', 'skip_initialisation_', 'strict_loading']
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -115,9 +120,15 @@ def set_resume_(cfg: Config, resume: str) -> bool:
     cfg.resume = True
     cfg.load_from = None if resume == 'auto' else resume
     checkpoint = cfg.load_from or find_latest_checkpoint(cfg.work_dir)
-    if checkpoint is not None:
-        check_checkpoint(checkpoint, resume=True)
-    return checkpoint is not None
+    if checkpoint is None:
+        return False
+    check_checkpoint(checkpoint, resume=True)
+    # The moving average is loaded by other means, of which strict_loading knows nothing.
+    for hook in cfg.get('custom_hooks') or []:
+        kind = hook.get('type') if isinstance(hook, dict) else None
+        if getattr(kind, '__name__', str(kind)).rpartition('.')[2] == 'EMAHook':
+            hook['strict_load'] = True
+    return True
 
 
 def skip_initialisation_(runner: Runner) -> None:

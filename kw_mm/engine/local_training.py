@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config
 from mmengine.runner import find_latest_checkpoint
 
@@ -33,8 +32,7 @@ def find_trained(work_dir: str, epochs: int) -> str | None:
     latest = find_latest_checkpoint(work_dir)
     if latest is None:
         return None
-    check_checkpoint(latest, resume=True)
-    done = torch.load(latest, map_location='cpu', mmap=True)['meta']['epoch']
+    done = check_checkpoint(latest, resume=True)['meta']['epoch']
     return latest if done >= epochs else None
 
 

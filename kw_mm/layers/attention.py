@@ -34,7 +34,9 @@ class Attention(nn.Module):
     non-local basis ``fc3`` and ``basis_bias`` complete the logits.
 
     The assignment ``beta (m, n)`` and the temperature ``tau`` move with the module and stay out
-    of its state dict. tau is a float64 scalar, 0 at first, which no change of dtype rounds.
+    of its state dict. tau is a float64 scalar, 0 at first, which no change of dtype rounds (on
+    devices without that type a float32 one). Wherever the module gets new memory, as from
+    ``to_empty`` or ``load_state_dict(assign=True)``, both are written again.
 
     Args:
         plan: All sizes.
@@ -63,13 +65,10 @@ class Attention(nn.Module):
         else:
             self.fc2 = nn.Linear(plan.hidden, m * (n + 1), **factory)
             self.fc3 = self.basis_bias = None
-        beta = torch.zeros(m, n, **factory)
-        tied = [pair for pair in enumerate(own.columns) if pair[1] is not None]
-        if tied:
-            beta[tuple(torch.tensor(tied, device=beta.device).T)] = 1
-        self.register_buffer('beta', beta, persistent=False)
-        self.register_buffer('tau', torch.zeros((), dtype=torch.float64, device=device),
-                             persistent=False)
+        self.assignment = own
+        self.register_buffer('beta', torch.empty(m, n, **factory), persistent=False)
+        self.register_buffer('tau', _on_device(None, self.beta.device), persistent=False)
+        self._write_beta()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -94,11 +93,46 @@ class Attention(nn.Module):
         return mixing_weights(logits, self.beta, self.tau)
 
     def _apply(self, fn, recurse: bool = True):
-        tau = self.tau
-        super()._apply(fn, recurse)
-        if self.tau.dtype != tau.dtype and not tau.is_meta:
-            self.tau = tau.to(self.tau.device)  # a change of dtype is not to round it
+        beta, tau = self.beta, self._buffers.pop('tau')
+        try:
+            super()._apply(fn, recurse)
+            moved = tau if self.beta.device.type == 'mps' else fn(tau)
+        finally:
+            self._buffers['tau'] = tau
+        # A function that gives new memory, as to_empty does, may leave anything in it.
+        if self.beta is not beta:
+            self._write_beta()
+        if moved is not tau or moved.device.type != self.beta.device.type:
+            self.tau = _on_device(tau, self.beta.device)
         return self
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        if local_metadata.get('assign_to_params_buffers'):
+            # The tensors of the state dict take the place of ours, on whatever device they are.
+            new = next((value for key, value in state_dict.items() if key.startswith(prefix)
+                        and isinstance(value, Tensor) and value.is_floating_point()), self.beta)
+            if (new.device, new.dtype) != (self.beta.device, self.beta.dtype):
+                self.beta = torch.empty_like(self.beta, device=new.device, dtype=new.dtype)
+                self._write_beta()
+                self.tau = _on_device(self.tau, new.device)
+
+    @torch.no_grad()
+    def _write_beta(self) -> None:
+        if self.beta.is_meta:
+            return
+        ties = [(row, cell) for row, cell in enumerate(self.assignment.columns) if cell is not None]
+        # On the CPU whatever the default device is.
+        beta = torch.zeros(self.beta.shape, device='cpu')
+        beta[tuple(torch.tensor(ties, device='cpu', dtype=torch.long).view(-1, 2).T)] = 1
+        self.beta.copy_(beta)
+
+
+def _on_device(tau: Tensor | None, device: torch.device) -> Tensor:
+    """The temperature on a device, 0 if there is none or it is on the meta device."""
+    if tau is None or tau.is_meta:
+        tau = torch.zeros((), dtype=torch.float64, device='cpu')
+    return tau.to(device, torch.float32 if device.type == 'mps' else torch.float64)
 
 
 def set_temperature(module: nn.Module, tau: float) -> int:

@@ -12,6 +12,7 @@ from ..config import WarehouseConfig
 from ..ops import assemble_kernel, collect_gradients, dynamic_conv
 from ..plan import ConvSpec, LayerPlan, plan_warehouses
 from .attention import Attention
+from .loading import check_fit
 from .static_start import start_from_static_
 from .warehouse import WarehouseManager
 
@@ -166,8 +167,11 @@ class _KWConvNd(nn.Module):
 
         A layer that started from a static one's weights keeps them.
         """
-        if self.is_init:
-            return
+        if not self.is_init:
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws initial values again, whatever the layer started from; shared cells stay."""
         if 'warehouse_manager' in self._modules:
             self.warehouse_manager.reset_parameters()
         self.attention.reset_parameters()
@@ -186,6 +190,10 @@ class _KWConvNd(nn.Module):
             ValueError: If ``x`` has no batch dimension or another number of channels.
         """
         return convolve(self, x, self.kernel)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        check_fit(self, state_dict, prefix)
 
     def extra_repr(self) -> str:
         text = (f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, '

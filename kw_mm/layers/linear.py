@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..config import WarehouseConfig
 from .conv import KWConv1d
+from .loading import check_fit
 from .static_start import start_from_static_
 from .warehouse import WarehouseManager
 
@@ -83,6 +84,11 @@ class KWLinear(nn.Module):
         tokens = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
         y = self.conv(tokens.transpose(1, 2)).transpose(1, 2)
         return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        # A static layer's keys are the linear layer's own, not those of the convolution inside.
+        check_fit(self, state_dict, prefix)
 
     def extra_repr(self) -> str:
         return f'in_features={self.in_features}, out_features={self.out_features}'

@@ -7,6 +7,37 @@ import torch
 from torch import Tensor, nn
 
 from ..plan import WarehousePlan
+from .loading import check_fit
+
+
+class Cells(nn.ParameterList):
+    """One parameter of cells per warehouse, as random as fits the plan.
+
+    A class of its own for what makes a sharded model from one on the meta device: it calls
+    ``reset_parameters`` of whatever holds parameters itself.
+
+    Args:
+        plan: Who shares what.
+        device: Of the parameters, as in torch.
+        dtype: Of the parameters, as in torch.
+    """
+
+    def __init__(self, plan: WarehousePlan, device=None, dtype=None) -> None:
+        super().__init__(
+            nn.Parameter(torch.empty(w.num_cells, *w.cell_shape, device=device, dtype=dtype))
+            for w in plan.warehouses)
+        self.plan = plan
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the cells of each layer as one convolution of their size (method, section 5)."""
+        for layer in self.plan.layers.values():
+            own = layer.assignment
+            if own.num_cells and not self[layer.warehouse].is_meta:
+                with torch.no_grad():
+                    cells = self[layer.warehouse][own.first_cell:own.stop_cell]
+                    nn.init.kaiming_normal_(cells.flatten(0, 1), mode='fan_out',
+                                            nonlinearity='relu')
 
 
 class WarehouseManager(nn.Module):
@@ -24,20 +55,11 @@ class WarehouseManager(nn.Module):
     def __init__(self, plan: WarehousePlan, device=None, dtype=None) -> None:
         super().__init__()
         self.plan = plan
-        self.weights = nn.ParameterList(
-            nn.Parameter(torch.empty(w.num_cells, *w.cell_shape, device=device, dtype=dtype))
-            for w in plan.warehouses)
-        self.reset_parameters()
+        self.weights = Cells(plan, device, dtype)
 
     def reset_parameters(self) -> None:
-        """Draws the cells of each layer as one convolution of their size (method, section 5)."""
-        for layer in self.plan.layers.values():
-            own = layer.assignment
-            if own.num_cells and not self.weights[layer.warehouse].is_meta:
-                with torch.no_grad():
-                    cells = self.weights[layer.warehouse][own.first_cell:own.stop_cell]
-                    nn.init.kaiming_normal_(cells.flatten(0, 1), mode='fan_out',
-                                            nonlinearity='relu')
+        """Draws all cells again."""
+        self.weights.reset_parameters()
 
     def cells(self, index: int) -> Tensor:
         """The cells of one warehouse, ``(n, c_out, c_in, *k)``."""
@@ -53,16 +75,8 @@ class WarehouseManager(nn.Module):
         return super()._apply(lambda t: fn(t.flatten(2)).view(t.shape), recurse)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        # mmengine loads what fits and logs the rest, which would leave cells at random.
-        for i, cells in enumerate(self.weights):
-            loaded = state_dict.get(f'{prefix}weights.{i}', cells)
-            if loaded.shape != cells.shape:
-                raise ValueError(
-                    f'{prefix}weights.{i} of the checkpoint must have the shape of warehouse {i}, '
-                    f'{tuple(cells.shape)}, got {tuple(loaded.shape)}: the checkpoint has another '
-                    'budget or architecture; set kw_cfg (cell_num_ratio, cell_inplane_ratio, '
-                    'cell_outplane_ratio, spatial_partition) as it was trained')
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        check_fit(self, state_dict, prefix)
 
     def extra_repr(self) -> str:
         return '\n'.join(

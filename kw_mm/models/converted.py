@@ -12,7 +12,8 @@ from torch import nn
 
 from ..config import WarehouseConfig
 from ..convert import plan_conversion, start_from_state_dict_
-from .static_weights import build_model, mark_initialised_, warn_twice
+from .backbones.base import mark_initialised_
+from .static_weights import build_model, warn_twice
 
 
 def KWConverted(module: Mapping[str, Any],

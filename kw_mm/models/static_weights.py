@@ -21,7 +21,7 @@ from ..convert.state_dict import (
 )
 from ..engine.checkpoint import read_checkpoint
 from ..layers import StartReport
-from .backbones.base import KWBackbone
+from .backbones.base import KWBackbone, mark_initialised_
 from .checkpoint_names import locate_checkpoint
 
 
@@ -31,7 +31,8 @@ class StaticPretrained:
     As a weight initialiser of mmengine: ``init_cfg=dict(type='StaticPretrained',
     checkpoint='torchvision://resnet50')``. At temperature 0 the backbone then computes what the
     static one does, if its budget is at least 1, and the best approximation below that. It is
-    loaded when training starts, not when a model is built. Classifiers are dropped, key
+    loaded when training starts, not when a model is built, and after all other initialisers of
+    the backbone, in whatever order they are listed. Classifiers are dropped, key
     layouts that the backbone knows (``static_layouts``) are recognised.
 
     Args:
@@ -44,6 +45,8 @@ class StaticPretrained:
         ValueError: When called, if the checkpoint is none, or keys are missing, unknown or
             misshapen; they are named.
     """
+
+    is_static_start = True  # read by KWBackbone
 
     def __init__(self, checkpoint: str, prefix: str | None = None) -> None:
         self.checkpoint = checkpoint
@@ -193,13 +196,6 @@ def build_model(cfg: Mapping[str, Any], scope: str | None = None) -> nn.Module:
     """Builds a registered module in a scope, by default the current one."""
     with DefaultScope.overwrite_default_scope(scope):
         return MODELS.build(ConfigDict(cfg))
-
-
-def mark_initialised_(module: nn.Module) -> None:
-    """Keeps mmengine from initialising what is inside, which would draw weights anew."""
-    for inner in module.modules():
-        if inner is not module and hasattr(inner, 'init_weights'):
-            inner.is_init = True
 
 
 def warn_twice(name: str) -> None:

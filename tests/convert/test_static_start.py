@@ -47,8 +47,8 @@ def resnets(depth, kw_cfg, base_channels=8):
     static = perturb_(KWResNet(**kwargs, static=True)).double().eval()
     model = KWResNet(**kwargs, kw_cfg=kw_cfg).double().eval()
     state = static.state_dict()
-    model.load_state_dict({k: v for k, v in state.items() if k in model.state_dict()},
-                          strict=False)
+    own = model.state_dict()
+    model.load_state_dict({**own, **{k: v for k, v in state.items() if k in own}})
     report = start_from_static_(
         [(layer, state[f'{name}.weight'], None) for name, layer in model.named_modules()
          if isinstance(layer, KWConv2d)])

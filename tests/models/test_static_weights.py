@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 from mmdet.models.backbones import MobileNetV2, ResNet
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, PretrainedInit, Sequential
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from mmseg.models.backbones import ResNetV1c
@@ -13,6 +13,7 @@ from torch import nn
 from kw_mm import KWConvNeXt, KWMobileNetV2, KWResNet, StaticPretrained, set_temperature
 from kw_mm.convert.keys import rename_keys, reverse
 from kw_mm.convert.state_dict import static_shapes
+from kw_mm.layers import Attention
 from kw_mm.models import checkpoint_names, static_weights
 from kw_mm.models.checkpoint_names import locate_checkpoint
 
@@ -243,6 +244,107 @@ def test_nothing_is_drawn_anew_afterwards(tmp_path):
     assert model.is_init
     model.eval()
     assert same(model, static)
+
+
+ZEROS = [dict(type='Constant', val=0, layer=['Conv2d', 'Linear', '_BatchNorm', 'LayerNorm']),
+         dict(type='Kaiming', layer='Conv2d'), dict(type='Normal', layer='Linear', std=1),
+         dict(type='Constant', val=7, layer='Conv3d', override=dict(
+             type='Constant', name='conv1', val=3))]
+
+
+def listed(start, order):
+    """A start among other initialisers."""
+    return dict(first=[start, *ZEROS], last=[*ZEROS, start],
+                between=[*ZEROS[:2], start, *ZEROS[2:]], tuple=(start, *ZEROS))[order]
+
+
+@pytest.mark.parametrize('order', ['first', 'last', 'between', 'tuple'])
+@pytest.mark.parametrize('kind', ['StaticPretrained', 'mmengine.StaticPretrained',
+                                  StaticPretrained])
+def test_the_start_comes_after_all_other_initialisers(tmp_path, order, kind):
+    # Those behind it in the list drew its static layers and attentions anew: error 0.45.
+    static = static_twin(KWResNet)
+    torch.save(static.state_dict(), tmp_path / 'static.pth')
+    init_cfg = listed(dict(type=kind, checkpoint=str(tmp_path / 'static.pth')), order)
+    for is_static in (False, True):
+        model = KWResNet(**BACKBONES[KWResNet], static=is_static, init_cfg=init_cfg)
+        model.init_weights()
+        assert model.is_init and list(model.init_cfg) == list(init_cfg)
+        assert same(model.eval(), static)
+        # A start leaves the first layer and norm of an attention as they are: not dead, here.
+        assert all(m.norm1.weight.abs().min() > 0 and 0 < m.fc1.weight.std() < 0.5
+                   for m in model.modules() if isinstance(m, Attention))
+        # mmengine: "called more than once", and nothing happens.
+        weight = model.conv1.weight.detach().clone()
+        nn.init.constant_(model.conv1.weight, 2)
+        model.init_weights()
+        assert torch.equal(model.conv1.weight, torch.full_like(weight, 2))
+
+
+def test_children_and_parents_come_before_the_start(tmp_path):
+    static = static_twin(KWResNet)
+    torch.save(static.state_dict(), tmp_path / 'static.pth')
+    model = KWResNet(**BACKBONES[KWResNet], init_cfg=[
+        dict(type='StaticPretrained', checkpoint=str(tmp_path / 'static.pth')), *ZEROS])
+    model.layer1 = Sequential(*model.layer1, init_cfg=ZEROS)
+    detector = BaseModule(init_cfg=[*ZEROS[:3], dict(
+        type='Constant', val=1, layer='Conv2d',
+        override=dict(type='Constant', name='backbone', val=5))])
+    detector.backbone = model
+    detector.neck = nn.Conv2d(2, 2, 1)
+    detector.init_weights()
+    assert same(model.eval(), static)
+    assert torch.equal(detector.neck.weight, torch.ones(2, 2, 1, 1))
+
+
+def test_what_a_start_says_of_its_own_parts_comes_after_it(tmp_path):
+    static = static_twin(KWResNet)
+    torch.save(static.state_dict(), tmp_path / 'static.pth')
+    model = KWResNet(**BACKBONES[KWResNet], init_cfg=dict(
+        type='StaticPretrained', checkpoint=str(tmp_path / 'static.pth'),
+        override=dict(type='Constant', name='conv1', val=3)))
+    model.init_weights()
+    assert torch.equal(model.conv1.weight, torch.full_like(static.conv1.weight, 3))
+    assert torch.equal(model.bn1.weight, static.bn1.weight)
+
+
+def test_a_start_that_failed_can_be_tried_again(tmp_path):
+    static = static_twin(KWResNet)
+    model = KWResNet(**BACKBONES[KWResNet], init_cfg=dict(
+        type='StaticPretrained', checkpoint=str(tmp_path / 'static.pth')))
+    with pytest.raises(FileNotFoundError):
+        model.init_weights()
+    torch.save(static.state_dict(), tmp_path / 'static.pth')
+    model.init_weights()
+    assert same(model.eval(), static)
+
+
+@pytest.mark.parametrize('other', ['Pretrained', PretrainedInit, 'StaticPretrained'])
+def test_two_starts_are_refused(other):
+    with pytest.raises(ValueError, match=r"must name one checkpoint .*got \['a.pth', 'b.pth'\]"):
+        KWResNet(**BACKBONES[KWResNet], init_cfg=[
+            dict(type='StaticPretrained', checkpoint='a.pth'), ZEROS[0],
+            dict(type=other, checkpoint='b.pth')])
+
+
+@pytest.mark.parametrize('order', ['first', 'last'])
+def test_a_converted_module_starts_after_all_other_initialisers(tmp_path, order):
+    kwargs = dict(depth=18, base_channels=8, norm_eval=False)
+    theirs = ResNet(**kwargs)
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, 0, 0.3)
+    theirs.eval()
+    torch.save(theirs.state_dict(), tmp_path / 'static.pth')
+    start = dict(type='Pretrained', checkpoint=str(tmp_path / 'static.pth'))
+    detector = BaseModule(init_cfg=ZEROS[:3])
+    detector.backbone = MODELS.build(dict(type='KWConverted', module=dict(
+        type='mmdet.ResNet', **kwargs, init_cfg=listed(start, order))))
+    detector.init_weights()
+    detector.backbone.eval()
+    assert same(detector.backbone, theirs)
+    nn.init.zeros_(detector.backbone.conv1.weight)
+    detector.backbone.init_weights()
+    assert detector.backbone.conv1.weight.abs().sum() == 0
 
 
 def test_a_static_twin_and_every_budget(tmp_path):

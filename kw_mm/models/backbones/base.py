@@ -6,12 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mmengine.logging import print_log
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, PretrainedInit, initialize
+from mmengine.registry import WEIGHT_INITIALIZERS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...config import WarehouseConfig
 from ...layers import KWConv2d, WarehouseManager
+from ...layers.loading import check_fit
 from ...plan import ConvSpec, WarehousePlan, plan_warehouses
 
 
@@ -42,8 +44,8 @@ class KWBackbone(BaseModule):
         init_cfg: How mmengine initialises weights; None for the initial values of the method.
 
     Raises:
-        ValueError: If ``init_cfg`` asks for static weights in a way that would be ignored, or a
-            static twin is given a ``kw_cfg``.
+        ValueError: If ``init_cfg`` asks for static weights in a way that would be ignored, or for
+            two starts, or a static twin is given a ``kw_cfg``.
     """
 
     kw_defaults: Mapping[str, Any] = {}
@@ -79,12 +81,39 @@ class KWBackbone(BaseModule):
         return {}
 
     def init_weights(self) -> None:
-        """Initialises as ``init_cfg`` says; mmengine calls it before it loads checkpoints."""
+        """Initialises as ``init_cfg`` says; mmengine calls it before it loads checkpoints.
+
+        Other initialisers come first and a start from a checkpoint last, in whatever order they
+        are listed. mmengine does so for ``Pretrained``, here it is for ``StaticPretrained``, too.
+        """
         if self.frozen_stages >= 0 and not self.init_cfg:
             print_log(f'frozen_stages={self.frozen_stages} without init_cfg: unless a checkpoint '
                       'is loaded, these stages stay at their random initial values',
                       logger='current', level=logging.WARNING)
-        super().init_weights()
+        init_cfg, cfgs = self.init_cfg, as_list(self.init_cfg)
+        starts = [cfg for cfg in cfgs if _starts_static(cfg)]
+        if self.is_init or not starts:
+            super().init_weights()
+            return
+        mark_initialised_(self)
+        self.init_cfg = [cfg for cfg in cfgs if cfg not in starts]
+        try:
+            super().init_weights()
+        finally:
+            self.init_cfg = init_cfg
+            self.is_init = False
+        if len(starts) < len(cfgs):
+            # The start leaves some of the attentions alone, which are linear layers and norms to
+            # the other initialisers.
+            for layer in _kw_convs([self]):
+                layer.attention.reset_parameters()
+        initialize(self, starts)
+        self.is_init = True
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        check_fit(self, state_dict, prefix, may_lack=self.static_optional,
+                  may_have=(*self.static_extras, *self.static_optional), is_backbone=True)
 
     def _conv(self, name: str, in_channels: int, out_channels: int, kernel_size: int,
               **kwargs: Any) -> nn.Module:
@@ -135,23 +164,48 @@ def _kw_convs(modules: Iterable[nn.Module]) -> list[KWConv2d]:
             if isinstance(layer, KWConv2d)]
 
 
+def as_list(init_cfg: Mapping[str, Any] | list | None) -> list[Mapping[str, Any]]:
+    """The initialisers of an ``init_cfg``, one or several."""
+    return list(init_cfg) if isinstance(init_cfg, Sequence) else [init_cfg] if init_cfg else []
+
+
 def check_init_cfg(init_cfg: Mapping[str, Any] | list | None) -> None:
     """Refuses an ``init_cfg`` that a base config left behind for the static backbone.
 
-    mmengine loads what fits and merely logs the rest, so torchvision's static weights would leave
-    the dynamic layers at random.
+    It is known by its name, before anything is fetched; static weights in a file are refused
+    when they are loaded.
 
     Raises:
-        ValueError: If it does.
+        ValueError: If it does, or asks for more than one checkpoint to start from.
     """
-    for cfg in init_cfg if isinstance(init_cfg, Sequence) else [init_cfg or {}]:
+    cfgs = as_list(init_cfg)
+    pretrained = [cfg for cfg in cfgs if cfg.get('type') in ('Pretrained', PretrainedInit)]
+    for cfg in pretrained:
         checkpoint = str(cfg.get('checkpoint', ''))
-        if cfg.get('type') == 'Pretrained' and checkpoint.startswith(
-                ('torchvision://', 'open-mmlab://')):
+        if checkpoint.startswith(('torchvision://', 'open-mmlab://')):
             raise ValueError(
                 'init_cfg must not load static weights into a KW backbone, got checkpoint='
                 f"{checkpoint!r}; set type='StaticPretrained' to start from them, name a KW "
                 'checkpoint, or set init_cfg=None to start from scratch')
+    starts = [cfg.get('checkpoint') for cfg in cfgs if cfg in pretrained or _starts_static(cfg)]
+    if len(starts) > 1:
+        raise ValueError('init_cfg must name one checkpoint to start from, for each would replace '
+                         f'the one before, got {starts}')
+
+
+def _starts_static(cfg: Mapping[str, Any]) -> bool:
+    """Whether an initialiser is ``StaticPretrained``, given by name or as the class."""
+    kind = cfg.get('type')
+    if isinstance(kind, str):
+        kind = WEIGHT_INITIALIZERS.get(kind)
+    return getattr(kind, 'is_static_start', False)
+
+
+def mark_initialised_(module: nn.Module) -> None:
+    """Keeps mmengine from initialising what is inside, which would draw weights anew."""
+    for inner in module.modules():
+        if inner is not module and hasattr(inner, 'init_weights'):
+            inner.is_init = True
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:

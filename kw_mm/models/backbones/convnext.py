@@ -47,7 +47,13 @@ class ConvNeXtBlock(nn.Module):
         self.norm = ChannelNorm(channels)
         self.gamma = nn.Parameter(torch.full(
             (1, channels, 1, 1), float(layer_scale_init_value))) if layer_scale_init_value else None
+        self.layer_scale_init_value = layer_scale_init_value
         self.drop_path = DropPath(drop_path_rate)
+
+    def reset_parameters(self) -> None:
+        """Sets the factor of the branch to its initial value; the layers have their own."""
+        if self.gamma is not None:
+            nn.init.constant_(self.gamma, self.layer_scale_init_value)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``(N, C, H, W)`` to the same shape."""
