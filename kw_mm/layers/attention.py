@@ -2,13 +2,15 @@
 from __future__ import annotations
 
 import math
+import warnings
 from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import basis_logits, mean_positions, mixing_weights
+from ..ops import mean_positions, mixing_weights, order_logits
+from ..ops.autocast import autocast_dtype
 from ..plan import LayerPlan
 
 
@@ -58,6 +60,7 @@ class Attention(nn.Module):
         self.fc1 = nn.Linear(plan.spec.in_channels, plan.hidden, bias=not batch_norm, **factory)
         self.norm1 = norm(plan.hidden, **factory)
         if plan.num_basis:
+            self.basis_split = own.num_cells, plan.num_basis, 1
             width = own.num_cells + plan.num_basis + 1
             self.fc2 = nn.Linear(plan.hidden, m * width, bias=False, **factory)
             self.fc3 = nn.Linear(plan.num_basis, n - own.num_cells, bias=False, **factory)
@@ -72,24 +75,47 @@ class Attention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws initial values (method, section 5)."""
-        if self.fc1.weight.is_meta:  # there is nothing to draw, and torch takes long about it
-            return
-        for layer in (self.fc1, self.fc2, self.fc3):
-            if layer is not None:
-                nn.init.kaiming_normal_(layer.weight, mode='fan_out', nonlinearity='relu')
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
+        """Draws initial values (method, section 5).
+
+        A linear layer that was wrapped or replaced since (see ``is_plain``) keeps its values.
+        """
+        for name in ('fc1', 'fc2', 'fc3'):
+            layer = getattr(self, name)
+            if layer is None:
+                continue
+            if not is_plain(layer):
+                warnings.warn(f'{name} of an attention keeps its values: it is no longer the '
+                              f'nn.Linear that it was built as, but wrapped, pruned or replaced, '
+                              f'{layer}', stacklevel=2)
+                continue
+            if layer.weight.is_meta:  # there is nothing to draw, and torch takes long about it
+                return
+            nn.init.kaiming_normal_(layer.weight, mode='fan_out', nonlinearity='relu')
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
         self.norm1.reset_parameters()
         if self.basis_bias is not None:
             nn.init.zeros_(self.basis_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mixing weights ``(N, m, n)`` of an input ``(N, C, *spatial)``."""
-        hidden = F.relu(self.norm1(self.fc1(mean_positions(x))))
+        """Mixing weights ``(N, m, n)`` of an input ``(N, C, *spatial)``.
+
+        Under autocast they keep the precision of the parameters: the attention is little work, and
+        the gradients of its norm and of the mixing weights are beyond what float16 can hold.
+        """
+        device = self.beta.device.type
+        if autocast_dtype(device) is None:
+            return self._mixing_weights(mean_positions(x))
+        with torch.autocast(device, enabled=False):
+            return self._mixing_weights(mean_positions(x, self.beta.dtype))
+
+    def _mixing_weights(self, pooled: Tensor) -> Tensor:
+        # Modules are called, never read: quantized, pruned and wrapped ones are more than a weight.
+        hidden = F.relu(self.norm1(self.fc1(pooled)))
         logits = self.fc2(hidden).unflatten(1, (self.num_mixtures, -1))
         if self.fc3 is not None:
-            logits = basis_logits(logits, self.fc3.weight, self.basis_bias, self.first_cell)
+            own, basis, zero = logits.split(self.basis_split, dim=-1)
+            logits = order_logits(own, self.fc3(basis), zero, self.basis_bias, self.first_cell)
         return mixing_weights(logits, self.beta, self.tau)
 
     def _apply(self, fn, recurse: bool = True):
@@ -133,6 +159,15 @@ def _on_device(tau: Tensor | None, device: torch.device) -> Tensor:
     if tau is None or tau.is_meta:
         tau = torch.zeros((), dtype=torch.float64, device='cpu')
     return tau.to(device, torch.float32 if device.type == 'mps' else torch.float64)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer computes with its own weight alone, and takes another one.
+
+    So does an ``nn.Linear``, but not what pruning, spectral or weight norm, other
+    parametrizations, quantization and adapters make of it or put in its place.
+    """
+    return type(layer) is nn.Linear and 'weight' in layer._parameters
 
 
 def set_temperature(module: nn.Module, tau: float) -> int:

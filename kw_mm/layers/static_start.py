@@ -22,6 +22,7 @@ from ..ops import cut_kernel, mixing_weights
 from ..ops.reference import EPS
 from ..plan import LayerPlan, Warehouse
 from ..table import format_table
+from .attention import is_plain
 
 # Logits of the cell that a mixture starts from and of the zero cell. alpha is then 1 / 1.0003,
 # which the cells make good at temperature 0; towards 1, where beta takes over, each layer is too
@@ -100,12 +101,13 @@ def start_from_static_(layers: Iterable[LayerWeights]) -> StartReport:
         How well each warehouse does.
 
     Raises:
-        ValueError: If a layer of a warehouse is missing, or a weight or bias has not the layer's
-            shape.
+        ValueError: If a layer of a warehouse is missing, a weight or bias has not the layer's
+            shape, or fc2 of an attention was pruned, wrapped or replaced. Nothing was changed then.
     """
     by_manager: dict[nn.Module, dict[str, LayerWeights]] = {}
     for layer, weight, bias in layers:
         weight = _check_shapes(layer, weight, bias)
+        _check_attention(layer)
         by_manager.setdefault(layer.manager, {})[layer.plan.spec.name] = (layer, weight, bias)
     starts = []
     for manager, given in by_manager.items():
@@ -117,8 +119,8 @@ def start_from_static_(layers: Iterable[LayerWeights]) -> StartReport:
             if missing:
                 raise ValueError(f'layers must hold all that share warehouse {index}, but '
                                  f'{missing} are missing')
-            starts.append(_start_warehouse(index, warehouse, [given[name] for name in names]))
-    return StartReport(tuple(starts))
+            starts.append((index, warehouse, [given[name] for name in names]))
+    return StartReport(tuple(_start_warehouse(*start) for start in starts))
 
 
 def cut_static(weight: Tensor, plan: LayerPlan) -> Tensor:
@@ -223,9 +225,22 @@ def _error(members: Sequence[LayerWeights], pieces: Sequence[Tensor]) -> float:
     return (wrong / total).sqrt().item() if total > 0 else wrong.sqrt().item()
 
 
+def _check_attention(layer: nn.Module) -> None:
+    fc2 = layer.attention.fc2
+    if not is_plain(fc2):
+        raise ValueError(f'fc2 of {_label(layer)} must be the nn.Linear that it was built as, for '
+                         'a static start sets its weight; prune, wrap or replace it afterwards; '
+                         f'got {fc2}')
+
+
+def _label(layer: nn.Module) -> str:
+    name = layer.plan.spec.name
+    return f'layer {name!r}' if name else 'the layer'
+
+
 def _check_shapes(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
     spec = layer.plan.spec
-    label = f'layer {spec.name!r}' if spec.name else 'the layer'
+    label = _label(layer)
     shape = spec.weight_shape
     if tuple(weight.shape) not in (shape, shape[:2] if math.prod(shape[2:]) == 1 else shape):
         raise ValueError(f'the static weight of {label} must have the shape {shape}, '

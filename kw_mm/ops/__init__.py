@@ -1,6 +1,12 @@
 """Tensors in, tensors out. ``ops.reference`` holds a slow, literal twin of what computes."""
 from .assembly import assemble_kernel
-from .attention import basis_logits, logit_norms, mean_positions, mixing_weights
+from .attention import (
+    basis_logits,
+    logit_norms,
+    mean_positions,
+    mixing_weights,
+    order_logits,
+)
 from .bases import contract_bases, mix_bases
 from .cell_gradients import collect_gradients
 from .compiled import use_cpu_products
@@ -10,4 +16,4 @@ from .layout import cut_kernel
 
 __all__ = ['assemble_kernel', 'basis_logits', 'collect_gradients',
            'contract_bases', 'cut_kernel', 'dynamic_conv', 'logit_norms', 'mean_positions',
-           'mix_bases', 'mixing_weights', 'use_cpu_products', 'use_triton']
+           'mix_bases', 'mixing_weights', 'order_logits', 'use_cpu_products', 'use_triton']

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,25 +10,13 @@ from torch import Tensor
 from .reference import EPS
 
 
-def mean_positions(x: Tensor) -> Tensor:
+def mean_positions(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Averages ``(N, C, *spatial)`` over positions; see ``reference``."""
-    if x.requires_grad and torch.is_grad_enabled():
-        return _MeanPositions.apply(x)
-    return x.mean(tuple(range(2, x.dim())))
-
-
-class _MeanPositions(torch.autograd.Function):
-    """A mean whose gradient is a view, where torch's own writes one as large as the input."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.shape = x.shape
-        return x.mean(tuple(range(2, x.dim())))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        grad = grad / math.prod(ctx.shape[2:])
-        return grad.view(*grad.shape, *(1,) * (len(ctx.shape) - 2)).expand(ctx.shape)
+    # The gradient of a sum is a view, where that of torch's mean is as large as the input. A sum
+    # overflows float16.
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    total = x.sum(tuple(range(2, x.dim())), dtype=torch.float32 if half else None)
+    return (total / math.prod(x.shape[2:])).to(dtype or x.dtype)
 
 
 def mixing_weights(logits: Tensor, beta: Tensor, tau: Tensor) -> Tensor:
@@ -47,8 +34,25 @@ def logit_norms(logits: Tensor) -> Tensor:
 
 def basis_logits(rows: Tensor, fc3: Tensor, bias: Tensor, first_cell: int) -> Tensor:
     """Logits through a non-local basis; see ``reference``."""
-    num_nonlocal, num_basis = fc3.shape
+    num_basis = fc3.shape[1]
     own, basis, zero = rows.split((rows.shape[-1] - num_basis - 1, num_basis, 1), dim=-1)
-    before, after = F.linear(basis, fc3).split((first_cell, num_nonlocal - first_cell), dim=-1)
+    return order_logits(own, F.linear(basis, fc3), zero, bias, first_cell)
+
+
+def order_logits(own: Tensor, others: Tensor, zero: Tensor, bias: Tensor,
+                 first_cell: int) -> Tensor:
+    """Logits in the order of cells, with their bias: what ``basis_logits`` ends with.
+
+    Args:
+        own: Of the layer's own cells, ``(N, m, local)``.
+        others: Of the cells of other layers, ``(N, m, nonlocal)``.
+        zero: Of the zero cell, ``(N, m, 1)``.
+        bias: ``(m * (n + 1),)`` with n = local + nonlocal.
+        first_cell: Index of the layer's first own cell.
+
+    Returns:
+        z, ``(N, m, n + 1)``.
+    """
+    before, after = others.split((first_cell, others.shape[-1] - first_cell), dim=-1)
     logits = torch.cat((before, own, after, zero), dim=-1)
     return logits + bias.view(logits.shape[1:])

@@ -15,10 +15,16 @@ from torch import Tensor
 EPS = 1e-3  # in the L1 normalisation (method, section 3)
 
 
-def mean_positions(x: Tensor) -> Tensor:
-    """Averages ``(N, C, *spatial)`` over positions: ``(N, C)`` (method, section 3)."""
+def mean_positions(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Averages ``(N, C, *spatial)`` over positions: ``(N, C)`` (method, section 3).
+
+    Args:
+        x: The input of a layer.
+        dtype: Of the result; by default that of ``x``.
+    """
     positions = list(itertools.product(*map(range, x.shape[2:])))
-    return sum(x[(..., *position)] for position in positions) / len(positions)
+    return (sum(x[(..., *position)] for position in positions) / len(positions)).to(
+        dtype or x.dtype)
 
 
 def mixing_weights(logits: Tensor, beta: Tensor, tau: Tensor) -> Tensor:
