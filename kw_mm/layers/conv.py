@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..config import WarehouseConfig
 from ..ops import assemble_kernel, collect_gradients, dynamic_conv
+from ..ops.convolution import in_order, is_channels_last
 from ..plan import ConvSpec, LayerPlan, plan_warehouses
 from .attention import Attention
 from .static_start import start_from_static_
@@ -35,7 +36,7 @@ def convolve(layer: nn.Module, x: Tensor, make_kernel: Callable[[Tensor], Tensor
     kernel = make_kernel(x)
     padding = layer.padding
     if layer.padding_mode != 'zeros':
-        x = F.pad(x, layer.pads, mode=layer.padding_mode)
+        x = in_order(F.pad(x, layer.pads, mode=layer.padding_mode), is_channels_last(x))
         padding = (0,) * layer.num_dims
     return dynamic_conv(x, kernel, layer.bias, layer.stride, padding, layer.dilation, layer.groups)
 

@@ -81,8 +81,9 @@ class KWLinear(nn.Module):
         if x.dim() < 2 or x.shape[-1] != self.in_features:
             raise ValueError(f'x must be (N, ..., {self.in_features}), got {tuple(x.shape)}')
         tokens = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
+        # Channels-last, which the convolution's output is then too, so that flattening it is free.
         y = self.conv(tokens.transpose(1, 2)).transpose(1, 2)
-        return y.reshape(*x.shape[:-1], self.out_features)
+        return y.flatten().view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f'in_features={self.in_features}, out_features={self.out_features}'

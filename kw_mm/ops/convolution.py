@@ -25,10 +25,20 @@ def dynamic_conv(x: Tensor, kernel: Tensor, bias: Tensor | None, stride: Sequenc
     one to three dimensions, whatever the strides of the kernels. Kernels are read fastest if they
     lie in memory as they are indexed, or position before input channel.
     """
-    channels_last = _is_channels_last(x)
+    channels_last = is_channels_last(x)
     path = choose_path(x, kernel, stride, padding, dilation, groups)
     y = path(x, kernel, bias, channels_last, stride, padding, dilation, groups)
-    # No copies as a rule: the paths make torch's functions answer in this order.
+    # No copy as a rule, for the paths make torch's functions answer in this order.
+    return in_order(y, channels_last)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of a position lie side by side, and the map is not contiguous too."""
+    return not x.is_contiguous() and x.stride(1) == 1
+
+
+def in_order(y: Tensor, channels_last: bool) -> Tensor:
+    """The same map, channels-last or else contiguous."""
     if not channels_last:
         return y.contiguous()
     rows = y.movedim(1, -1)
@@ -57,14 +67,9 @@ def choose_path(x: Tensor, kernel: Tensor, stride: Sequence[int], padding: Seque
                 num_samples > 1 or not kernel.is_contiguous()):
             return _im2col
         if num_samples > 1 and (positions < GROUPED_POSITIONS or not kernel.requires_grad
-                                or _is_channels_last(x)):
+                                or is_channels_last(x)):
             return _sample_by_sample
     return _grouped if num_samples > 1 else _one
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    """Whether the channels of a position lie side by side, and the map is not contiguous too."""
-    return not x.is_contiguous() and x.stride(1) == 1
 
 
 def _is_recorded() -> bool:

@@ -17,7 +17,10 @@ from .base import KWBackbone, check_choice, check_drop_path_rate, check_indices
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of ``(N, C, H, W)``, at every position by itself."""
+    """LayerNorm over the channels of ``(N, C, H, W)``, at every position by itself.
+
+    Its output is channels-last in memory, whatever its input is.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=1e-6)
@@ -158,9 +161,11 @@ class KWConvNeXt(KWBackbone):
             x: Images, ``(N, in_channels, H, W)``.
 
         Returns:
-            One ``(N, C_i, H_i, W_i)`` for each, normalised; H_i = H / (4, 8, 16, 32), or H divided
-            by ``output_stride`` where that is less.
+            One ``(N, C_i, H_i, W_i)`` for each, normalised, contiguous if the images are; H_i = H /
+            (4, 8, 16, 32), or H divided by ``output_stride`` where that is less.
         """
+        # Channels-last inside, whatever the images are, as the norms leave it.
+        contiguous = x.is_contiguous()
         outputs = []
         for i in range(self.out_indices[-1] + 1):
             x = self.downsample_layers[i](x)
@@ -170,7 +175,8 @@ class KWConvNeXt(KWBackbone):
                 x = x[:, :, first:, first:]
             x = self.stages[i](x)
             if i in self.out_indices:
-                outputs.append(getattr(self, f'norm{i}')(x))
+                y = getattr(self, f'norm{i}')(x)
+                outputs.append(y.contiguous() if contiguous else y)
         return tuple(outputs)
 
     def static_layouts(self) -> dict[str, dict[str, str]]:
