@@ -54,13 +54,14 @@ def choose_path(x: Tensor, kernel: Tensor, stride: Sequence[int], padding: Seque
     kernel_size = kernel.shape[3:]
     is_pointwise = max(kernel_size) == 1
     is_plain = groups == 1 and not isinstance(padding, str)
-    if is_pointwise and is_plain and not any(padding):
-        return _pointwise
+    is_product = is_pointwise and is_plain and not any(padding)
     if _is_recorded():
-        return _grouped
+        return _pointwise if is_product else _grouped
     num_samples = kernel.shape[0]
     if num_samples == 0:
         return _none
+    if is_product and not (num_samples == 1 and is_channels_last(x)):
+        return _pointwise
     if x.device.type == 'cpu' and is_plain:
         positions = math.prod(_output_size(x.shape[2:], kernel_size, stride, padding, dilation))
         if x.dim() == 4 and not is_pointwise and positions <= IM2COL_POSITIONS and (
