@@ -323,9 +323,9 @@ def _compiled_with_contiguous(function: Callable) -> Callable:
 
         results = function(*map(copied, args),
                            **{name: copied(value) for name, value in kwargs.items()})
-        for value, copy in copies.values():
-            if not torch.equal(_bytes(value), _bytes(copy)):
-                value.copy_(copy)
+        for value, twin in copies.values():
+            if not torch.equal(_bytes(value), _bytes(twin)):
+                value.copy_(twin)
         return results
 
     contiguous.takes_any_strides = True

@@ -66,7 +66,7 @@ def test_good_environment_has_no_findings() -> None:
     assert check(run=run, pins=PINS) == []
     assert any('nms' in code for code in run.codes)
     assert run.codes[-2] == 'import kw_mm'
-    assert 'cpu_products' in run.codes[-1]
+    assert 'instruction_set' in run.codes[-1]
 
 
 def test_finding_says_what_why_and_how() -> None:
@@ -169,12 +169,12 @@ def test_import_that_fails() -> None:
 
 
 def test_missing_products_are_a_note() -> None:
-    finding = the_only(check(run=Run(cpu_products='AssertionError: there are none for AVX2')))
+    finding = the_only(check(run=Run(instruction_set='AssertionError: there are none for AVX2')))
     assert not finding.error
     assert 'there are none for AVX2' in finding.what
     assert 'C++ compiler' in finding.fix
     # There are none where there is no kw_mm, or one that cannot be imported.
-    run = Run(cpu_products='none')
+    run = Run(instruction_set='none')
     assert check({'kw_mm': None}, run=run) == []
     assert len(check(run=Run(kw_mm='ImportError: no'))) == 1
 

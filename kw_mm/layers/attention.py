@@ -89,7 +89,7 @@ class Attention(nn.Module):
                               f'{layer}', stacklevel=2)
                 continue
             if layer.weight.is_meta:  # there is nothing to draw, and torch takes long about it
-                return
+                continue
             nn.init.kaiming_normal_(layer.weight, mode='fan_out', nonlinearity='relu')
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
