@@ -74,8 +74,8 @@ def test_every_subset_of_gradients(layer, batch, names, kind, output, channels_l
     # Without gradients of the cells those of the mixing weights were read from rows that were
     # none: as wrong as they are large; and of an expanded one from beyond its memory.
     assume(not channels_last or layer.num_dims == 2)
-    # Two samples are normalised to plus and minus one, wherever they are: what is left of a gradient
-    # is rounding.
+    # Two samples are normalised to plus and minus one, wherever they are: what is left of a
+    # gradient is rounding.
     assume(batch != 2 or not layer.training or isinstance(layer.attention.norm1, nn.LayerNorm))
     torch.manual_seed(1)
     with torch.no_grad():
