@@ -12,10 +12,13 @@ from .reference import EPS
 
 def mean_positions(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Averages ``(N, C, *spatial)`` over positions; see ``reference``."""
+    positions = tuple(range(2, x.dim()))
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return x.mean(positions, dtype=dtype)
     # The gradient of a sum is a view, where that of torch's mean is as large as the input. A sum
     # overflows float16.
     half = x.dtype in (torch.float16, torch.bfloat16)
-    total = x.sum(tuple(range(2, x.dim())), dtype=torch.float32 if half else None)
+    total = x.sum(positions, dtype=torch.float32 if half else None)
     return (total / math.prod(x.shape[2:])).to(dtype or x.dtype)
 
 

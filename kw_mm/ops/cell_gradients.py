@@ -200,7 +200,7 @@ def _is_autograd_alone() -> bool:
 @functools.lru_cache(maxsize=1)
 def _has_internals() -> bool:
     missing = [name for name in INTERNALS if not hasattr(torch._C, name)]
-    if not operators.ARE_REGISTERED or missing:
-        logger.warning('gradients of cells are computed layer by layer, slower: torch %s has no %s',
-                       torch.__version__, ', '.join(missing) or 'operators of this kind')
-    return operators.ARE_REGISTERED and not missing
+    if missing:
+        logger.warning('torch %s has no %s: gradients of cells are computed layer by layer, slower',
+                       torch.__version__, ', '.join(missing))
+    return not missing

@@ -6,6 +6,7 @@ used here instead of it has no public name. Where torch lacks any of it, nothing
 """
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -20,7 +21,13 @@ _NEEDED = ((torch.library, 'register_fake'), (torch._C, '_AutoDispatchBelowAutog
            (torch.autograd.function, '_SingleLevelFunction'),
            (autograd_function, 'enable_single_level_autograd_function'))
 
-IS_POSSIBLE = all(hasattr(place, name) for place, name in _NEEDED)
+_missing = [name for place, name in _NEEDED if not hasattr(place, name)]
+if _missing:
+    logging.getLogger(__name__).warning(
+        'torch %s has no %s: its own products mix kernels, slower and not as operators of kw_mm',
+        torch.__version__, ', '.join(_missing))
+
+IS_POSSIBLE = not _missing
 
 # In torch 2.1 and 2.2 this is the compiler's own question.
 is_compiling = getattr(torch.compiler, 'is_compiling', None) or torch._dynamo.is_compiling

@@ -29,9 +29,8 @@ SUM_WIDTH = 2**14
 def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Sequence[int],
              scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """See ``operators.assemble``."""
-    alpha, cells = alpha.to(dtype), cells.to(dtype)
+    cells, alphas = cells.to(dtype), alpha.flatten(0, 1).to(dtype)
     c_out, c_in = cells.shape[1:3]
-    alphas = alpha.flatten(0, 1)
     # Whether mixtures one after the other, as a single product has them, are the kernel.
     fits = grid[0] == grid[2] == 1 and scale is None
     rows = c_out if _takes_one_product(cells, alphas.shape[0], fits) else _rows_per_block(cells)
