@@ -8,22 +8,24 @@ import pytest
 
 # Run in a new process, for the operators are registered once, at import.
 SCRIPT = """
+import copy
 import logging
+import mmengine.runner  # imports what of torch needs the name itself
 import torch
-import torch.autograd.function
+from torch import nn
 from torch._functorch import autograd_function
 
 logging.basicConfig(format='LOG %(message)s')
 place, name = LACKS
+value = getattr(place, name)
 delattr(place, name)
-
-import copy
-from torch import nn
 from kw_mm import KWConv2d, optimize_for_inference_
-from kw_mm.ops import operators
+from kw_mm.ops import cell_gradients, operators
+cell_gradients._has_internals()
+setattr(place, name, value)
 print('operators', operators.ARE_REGISTERED)
 torch.manual_seed(0)
-net = nn.Sequential(KWConv2d(8, 32, 3, kw_cfg=dict(attn_norm='LN')), nn.BatchNorm2d(32),
+net = nn.Sequential(KWConv2d(8, 32, 3, bias=False, kw_cfg=dict(attn_norm='LN')), nn.BatchNorm2d(32),
                     KWConv2d(32, 16, 1, kw_cfg=dict(cell_num_ratio=4, attn_norm='LN')))
 twin = copy.deepcopy(net).double()
 x = torch.randn(3, 8, 7, 7)
@@ -39,16 +41,14 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize('lacks, has_operators, names', [
-    ("torch.library, 'register_fake'", False, ['register_fake']),
-    ("torch.autograd.function, '_SingleLevelFunction'", False, ['_SingleLevelFunction']),
-    ("torch._C, '_current_graph_task_id'", True, ['_current_graph_task_id']),
-    ("torch._C, '_will_engine_execute_node'", True, ['_will_engine_execute_node'])])
-def test_what_is_missing_closes_the_fast_path(lacks, has_operators, names):
+@pytest.mark.parametrize('lacks, has_operators, name', [
+    ("torch.autograd.function, '_SingleLevelFunction'", False, '_SingleLevelFunction'),
+    ("torch._C, '_current_graph_task_id'", True, '_current_graph_task_id')])
+def test_what_is_missing_closes_the_fast_path(lacks, has_operators, name):
     done = subprocess.run(
         [sys.executable, '-c', SCRIPT.replace('LACKS', lacks)], capture_output=True, text=True,
         env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(Path(__file__).parents[2])})
     assert done.returncode == 0, done.stderr
     assert f'operators {has_operators}' in done.stdout
     lines = [line for line in done.stderr.splitlines() if line.startswith('LOG torch ')]
-    assert len(lines) == 1 and all(name in lines[0] for name in names), done.stderr
+    assert len(lines) == 1 and name in lines[0], done.stderr
