@@ -108,7 +108,6 @@ def test_parts():
             measure_module(model, x, parts=['2'])
 
 
-@pytest.mark.slow
 def test_two_stages():
     cfg = Config.fromfile(CONFIGS / 'demo' / 'mask-rcnn_kw1x-r18_fpn_shapes.py')
     parts = ['backbone', 'neck', 'rpn_head', 'roi_head.bbox_head', 'roi_head.mask_head']
