@@ -41,7 +41,12 @@ def is_usable(*tensors: Tensor) -> bool:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """Triton's ``input_precision`` for a compute dtype; obeys torch's switch for TF32."""
-    is_tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    if dtype != torch.float32:
+        return 'ieee'
+    matmul = torch.backends.cuda.matmul
+    # New in torch 2.9. Whoever sets it may not read allow_tf32 any more.
+    precision = getattr(matmul, 'fp32_precision', None)
+    is_tf32 = matmul.allow_tf32 if precision is None else precision == 'tf32'
     return 'tf32' if is_tf32 else 'ieee'
 
 
@@ -50,12 +55,12 @@ def block(size: int, least: int, most: int) -> int:
     return min(max(1 << (size - 1).bit_length(), least), most)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _is_installed() -> bool:
     return find_spec('triton') is not None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _is_interpreted() -> bool:
     if os.environ.get('TRITON_INTERPRET', '0') == '0':
         return False  # and Triton, slow to import, is not needed on a CPU
@@ -64,6 +69,6 @@ def _is_interpreted() -> bool:
     return not isinstance(triton.language.cdiv, triton.runtime.JITFunction)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
