@@ -40,8 +40,9 @@ def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Seq
     mixtures = _batch_product(alphas, blocks).view(
         c_out // rows, alpha.shape[0], *grid, rows, c_in, math.prod(cells.shape[3:]))
     if scale is not None:
-        mixtures = mixtures * scale.view(grid[1], -1, rows).permute(1, 0, 2)[
-            :, None, None, :, None, :, None, None]
+        # Factors may be single where cells are half.
+        mixtures = (mixtures * scale.view(grid[1], -1, rows).permute(1, 0, 2)[
+            :, None, None, :, None, :, None, None]).to(cells.dtype)
     # As in memory_shape.
     order = (1, 3, 0, 5, 2, 4, 6, 7) if grid[0] > 1 else (1, 3, 0, 5, 4, 6, 2, 7)
     memory = mixtures.permute(order).reshape(memory_shape(alpha.shape[0], grid, cells.shape[1:]))
