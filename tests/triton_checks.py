@@ -1,7 +1,9 @@
 """What the tests of the Triton kernels share."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import collections
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -10,9 +12,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from kw_mm.ops import triton_support
+from kw_mm import ops
+from kw_mm.ops import cuda, products, triton_assembly, triton_support
+from kw_mm.ops.layout import cut_kernel
 
 DEVICE = 'cpu' if triton_support._is_interpreted() else 'cuda'
+
+KERNELS = {'_assemble_kernel', '_grad_alpha_kernel', '_grad_cells_kernel'}
 
 GUARD = 64  # elements around every buffer; keeps it aligned
 
@@ -45,6 +51,38 @@ def mend_bfloat16() -> None:
 
 mend_bfloat16()
 
+if DEVICE == 'cpu':
+    # The dispatcher finds on the CPU what it otherwise finds on a GPU.
+    _library = torch.library.Library('kw_mm', 'IMPL')
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', '.*Overriding a previously registered kernel',
+                                UserWarning)
+        for _name in ('assemble', 'assemble_grad_alpha', 'assemble_grad_cells', 'mix_bases'):
+            _library.impl(_name, getattr(cuda, _name), 'CPU', allow_override=True)
+
+
+class Counted:
+    """A kernel whose launches are counted."""
+
+    def __init__(self, kernel: Callable, name: str, launches: collections.Counter) -> None:
+        self.kernel, self.name, self.launches = kernel, name, launches
+
+    def __getitem__(self, grid: Sequence[int]) -> Callable:
+        self.launches[self.name] += 1
+        return self.kernel[grid]
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[collections.Counter]:
+    """Asks for Triton, and counts launches by the kernels' names."""
+    counter = collections.Counter()
+    for name in KERNELS:
+        monkeypatch.setattr(triton_assembly, name,
+                            Counted(getattr(triton_assembly, name), name, counter))
+    ops.use_triton()
+    yield counter
+    ops.use_triton(False)
+
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, dtype=dtype, device=DEVICE, requires_grad=True)
@@ -68,18 +106,43 @@ def check(function: Callable, twin: Callable, leaves: Sequence[Tensor]) -> Tenso
     return out
 
 
-def check_precision(function: Callable, twin: Callable, leaves: Sequence[Tensor]) -> None:
-    """Both in the leaves' dtype, or autocast's, against float64: at most twice torch's error."""
+def check_precision(function: Callable, leaves: Sequence[Tensor]) -> None:
+    """In the leaves' dtype, or autocast's, against float64: at most twice the error of torch."""
     exact_leaves = [t.detach().double().requires_grad_() for t in leaves]
-    exact = twin(*exact_leaves)
-    weights = torch.randn(exact.shape, device=DEVICE).half()
-    results = []
-    for f, inputs in ((function, leaves), (twin, leaves), (twin, exact_leaves)):
-        out = f(*inputs)
+    weights, results = None, []
+    for use_triton, inputs in ((True, leaves), (False, leaves), (False, exact_leaves)):
+        ops.use_triton(use_triton)
+        out = function(*inputs)
+        if weights is None:
+            weights = torch.randn(out.shape, device=DEVICE).half()
         results.append([out, *gradients(out, weights, inputs)])
-    for i, (ours, torchs, wanted) in enumerate(zip(*results)):
-        assert ours.dtype == torchs.dtype
-        errors = [(t.double() - wanted).abs().max().item() for t in (ours, torchs)]
+    ops.use_triton()
+    compare_errors(*results)
+
+
+def check_functions(alpha: Tensor, cells: Tensor, grid: Sequence[int],
+                    kernel_size: Sequence[int]) -> None:
+    """The same of the functions themselves, which the dispatcher may not be asked for."""
+    alpha, cells = alpha.detach(), cells.detach()
+    exact = alpha.double(), cells.double()
+    results = []
+    for module, inputs in ((triton_assembly, (alpha, cells)), (products, (alpha, cells)),
+                           (products, exact)):
+        scale = () if module is triton_assembly else (None,)
+        kernel = module.assemble(*inputs, grid, kernel_size, *scale, inputs[1].dtype)
+        if not results:
+            weights = torch.randn_like(kernel).bfloat16()
+        pieces = cut_kernel(weights.to(kernel.dtype), grid, cells.shape[1:])
+        results.append([kernel, module.assemble_grad_alpha(pieces, inputs[1]),
+                        module.assemble_grad_cells(pieces, inputs[0])])
+    compare_errors(*results)
+
+
+def compare_errors(ours: Sequence[Tensor], torchs: Sequence[Tensor],
+                   exact: Sequence[Tensor]) -> None:
+    for i, (a, b, wanted) in enumerate(zip(ours, torchs, exact)):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        errors = [(t.double() - wanted).norm().item() for t in (a, b)]
         assert errors[0] <= 2 * errors[1], (i, errors)
 
 

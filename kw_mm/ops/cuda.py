@@ -19,6 +19,7 @@ from .triton_support import is_usable
 mix_bases = products.mix_bases
 
 _triton_is_wanted = os.environ.get('KW_MM_TRITON', '0') not in ('', '0')
+_has_warned = False
 
 
 def use_triton(enabled: bool = True) -> None:
@@ -27,8 +28,8 @@ def use_triton(enabled: bool = True) -> None:
     Tensors that the kernels cannot take (they need a CUDA device of capability 8.0 or more) are
     left to torch, with one warning.
     """
-    global _triton_is_wanted
-    _triton_is_wanted = enabled
+    global _triton_is_wanted, _has_warned
+    _triton_is_wanted, _has_warned = enabled, False
 
 
 def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Sequence[int],
@@ -38,9 +39,8 @@ def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Seq
         return products.assemble(alpha, cells, grid, kernel_size, scale, dtype)
     from .triton_assembly import assemble as in_triton
     kernel = in_triton(alpha, cells, grid, kernel_size, dtype)
-    if scale is None:
-        return kernel
-    return kernel * scale.to(dtype).view(-1, *(1,) * (kernel.dim() - 2))
+    # In place, in the kernel's dtype and strides.
+    return kernel if scale is None else kernel.mul_(scale.view(-1, *(1,) * (kernel.dim() - 2)))
 
 
 def assemble_grad_alpha(pieces: Tensor, cells: Tensor) -> Tensor:
@@ -64,8 +64,11 @@ def _takes_triton(*tensors: Tensor) -> bool:
         return False
     if is_usable(*tensors):
         return True
-    # Shown once: Python's own filter knows a place and a text.
-    warnings.warn(f'the Triton kernels were asked for but cannot take {tensors[0].device} tensors '
-                  f'of {tensors[0].dtype}, or Triton is not installed; torch computes instead',
-                  RuntimeWarning, stacklevel=3)
+    # Python's own filter forgets what it has shown, and knows one dtype's text from another's.
+    global _has_warned
+    if not _has_warned:
+        _has_warned = True
+        names = ', '.join(f'{t.dtype} on {t.device}' for t in tensors)
+        warnings.warn(f'the Triton kernels were asked for but cannot take {names}, or Triton is '
+                      'not installed; torch computes instead', RuntimeWarning, stacklevel=3)
     return False

@@ -118,7 +118,7 @@ else:
             kernel = assemble(alpha, cells, ctx.grid, ctx.kernel_size, None, grad.dtype)
             grad_scale = (grad * kernel).transpose(0, 1).flatten(1).sum(1).to(scale.dtype)
         if scale is not None:
-            grad = grad * scale.view(-1, *(1,) * (grad.dim() - 2))
+            grad = grad * scale.to(grad.dtype).view(-1, *(1,) * (grad.dim() - 2))
         pieces = cut_kernel(grad, ctx.grid, cells.shape[1:])
         grad_alpha = grad_cells = None
         if ctx.needs_input_grad[0]:

@@ -51,7 +51,8 @@ def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Seq
 def assemble_grad_alpha(pieces: Tensor, cells: Tensor) -> Tensor:
     """See ``operators.assemble_grad_alpha``."""
     rows = pieces.reshape(math.prod(pieces.shape[:4]), math.prod(pieces.shape[4:]))
-    columns = cells.flatten(1)
+    # As the kernels had them.
+    columns = cells.flatten(1).to(rows.dtype)
     # So many terms overflow float16 and drown in bfloat16.
     dtype = torch.promote_types(rows.dtype, torch.float32)
     rows, columns = rows.to(dtype), columns.to(dtype)

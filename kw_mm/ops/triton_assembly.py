@@ -1,17 +1,14 @@
 """Kernel assembly in Triton: mixtures go from the product straight to their final places.
 
-``cuda`` asks for these in the place of torch's products. Compiled for GPUs and checked with
-Triton's interpreter; not run on a GPU yet.
+``cuda`` asks for these in the place of torch's products. They are compiled for GPUs in tests, and
+checked with Triton's interpreter; they have not run on a GPU yet.
 
 A mixture is a row of alpha times the cells: few rows (samples times mixtures), very wide cells.
 So programs divide the columns (a column is one element of a cell), every program takes all
 rows, and the cells come from memory once. Neither the kernels nor their gradients are permuted:
-with ``T`` positions, element ``(o, i, t)`` of sample s lies at
-
-    s * stride_n + o * stride_o + i * stride_i + t * stride_p,
-
-and that is a sum of what depends on the row (sample, position, output group, input group) and
-of what depends on the column (element of the cell).
+cut to pieces they have seven dimensions with any strides. Where an element lies is a sum of what
+depends on the row (sample, position, output group, input group) and of what depends on the column
+(element of the cell).
 """
 from __future__ import annotations
 
@@ -35,17 +32,14 @@ NUM_PROGRAMS = 264
 
 
 @triton.jit
-def _row_places(rows, num_mixtures, out_groups, in_groups, c_out, c_in, stride_n, stride_o,
-                stride_i, stride_p):
-    """What a row contributes to an offset in the kernels."""
+def _row_places(rows, num_mixtures, out_groups, in_groups, stride_n, stride_s, stride_og,
+                stride_ig):
+    """What a row contributes to an offset in the kernels, which may exceed 2^31."""
     mixtures = rows % num_mixtures
-    positions = mixtures // (out_groups * in_groups)
-    out_channels = mixtures // in_groups % out_groups * c_out
-    in_channels = mixtures % in_groups * c_in
-    # All kernels of a batch may have more than 2^31 elements; one has not.
-    samples = (rows // num_mixtures).to(tl.int64)
-    return (samples * stride_n + out_channels * stride_o + in_channels * stride_i
-            + positions * stride_p)
+    return ((rows // num_mixtures).to(tl.int64) * stride_n
+            + (mixtures // (out_groups * in_groups)).to(tl.int64) * stride_s
+            + (mixtures // in_groups % out_groups).to(tl.int64) * stride_og
+            + (mixtures % in_groups).to(tl.int64) * stride_ig)
 
 
 @triton.jit
@@ -57,8 +51,9 @@ def _columns(column_block, run, positions, stride_o, stride_i, stride_p, ALIGNED
     """
     columns = column_block * BLOCK_D + tl.arange(0, BLOCK_D)
     within = columns % run
-    places = (columns // run * stride_o + within // positions * stride_i
-              + within % positions * stride_p)
+    places = ((columns // run).to(tl.int64) * stride_o
+              + (within // positions).to(tl.int64) * stride_i
+              + (within % positions).to(tl.int64) * stride_p)
     if ALIGNED:
         # Behind the remainder the compiler cannot see it, and would load and store single elements.
         places = tl.max_contiguous(tl.multiple_of(places, 16), 16)
@@ -67,10 +62,10 @@ def _columns(column_block, run, positions, stride_o, stride_i, stride_p, ALIGNED
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _assemble_kernel(alpha_ptr, cells_ptr, kernel_ptr, num_rows, num_cells, num_columns,
-                     num_mixtures, out_groups, in_groups, c_out, c_in, run, positions, stride_n,
-                     stride_o, stride_i, stride_p, ACC: tl.constexpr, PRECISION: tl.constexpr,
-                     ALIGNED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-                     BLOCK_D: tl.constexpr):
+                     num_mixtures, out_groups, in_groups, run, positions, stride_n, stride_s,
+                     stride_og, stride_ig, stride_o, stride_i, stride_p, ACC: tl.constexpr,
+                     PRECISION: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_R: tl.constexpr,
+                     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):
     """kernel[row, column] = sum_cell alpha[row, cell] cells[cell, column].
 
     Grid: blocks of columns, then programs that share the tiles of rows.
@@ -92,18 +87,18 @@ def _assemble_kernel(alpha_ptr, cells_ptr, kernel_ptr, num_rows, num_cells, num_
                 mask=(cells < num_cells)[:, None] & (columns < num_columns)[None, :], other=0)
             total = tl.dot(weights.to(dtype), elements.to(dtype), total, input_precision=PRECISION,
                            out_dtype=ACC)
-        row_places = _row_places(rows, num_mixtures, out_groups, in_groups, c_out, c_in, stride_n,
-                                 stride_o, stride_i, stride_p)
+        row_places = _row_places(rows, num_mixtures, out_groups, in_groups, stride_n, stride_s,
+                                 stride_og, stride_ig)
         tl.store(kernel_ptr + row_places[:, None] + column_places[None, :], total.to(dtype),
                  mask=(rows < num_rows)[:, None] & (columns < num_columns)[None, :])
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _grad_cells_kernel(grad_ptr, alpha_ptr, cells_ptr, num_rows, num_cells, num_columns,
-                       num_mixtures, out_groups, in_groups, c_out, c_in, run, positions, stride_n,
-                       stride_o, stride_i, stride_p, ACC: tl.constexpr, PRECISION: tl.constexpr,
-                       ALIGNED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-                       BLOCK_D: tl.constexpr):
+                       num_mixtures, out_groups, in_groups, run, positions, stride_n, stride_s,
+                       stride_og, stride_ig, stride_o, stride_i, stride_p, ACC: tl.constexpr,
+                       PRECISION: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_R: tl.constexpr,
+                       BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):
     """cells[cell, column] = sum_row alpha[row, cell] grad[row, column].
 
     Grid: blocks of columns, then programs that share the tiles of cells.
@@ -119,8 +114,8 @@ def _grad_cells_kernel(grad_ptr, alpha_ptr, cells_ptr, num_rows, num_cells, num_
             weights = tl.load(
                 alpha_ptr + rows.to(tl.int64)[None, :] * num_cells + cells[:, None],
                 mask=(rows < num_rows)[None, :] & (cells < num_cells)[:, None], other=0)
-            row_places = _row_places(rows, num_mixtures, out_groups, in_groups, c_out, c_in,
-                                     stride_n, stride_o, stride_i, stride_p)
+            row_places = _row_places(rows, num_mixtures, out_groups, in_groups, stride_n, stride_s,
+                                     stride_og, stride_ig)
             grad = tl.load(
                 grad_ptr + row_places[:, None] + column_places[None, :],
                 mask=(rows < num_rows)[:, None] & (columns < num_columns)[None, :], other=0)
@@ -133,10 +128,10 @@ def _grad_cells_kernel(grad_ptr, alpha_ptr, cells_ptr, num_rows, num_cells, num_
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _grad_alpha_kernel(grad_ptr, cells_ptr, partial_ptr, num_rows, num_cells, num_columns,
-                       num_mixtures, out_groups, in_groups, c_out, c_in, run, positions, stride_n,
-                       stride_o, stride_i, stride_p, ACC: tl.constexpr, PRECISION: tl.constexpr,
-                       ALIGNED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-                       BLOCK_D: tl.constexpr):
+                       num_mixtures, out_groups, in_groups, run, positions, stride_n, stride_s,
+                       stride_og, stride_ig, stride_o, stride_i, stride_p, ACC: tl.constexpr,
+                       PRECISION: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_R: tl.constexpr,
+                       BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):
     """partial[split, row, cell] = sum of grad[row, column] cells[cell, column], over the
     split's columns.
 
@@ -147,8 +142,8 @@ def _grad_alpha_kernel(grad_ptr, cells_ptr, partial_ptr, num_rows, num_cells, nu
     cell_tiles = tl.cdiv(num_cells, BLOCK_C)
     rows = tl.program_id(0) // cell_tiles * BLOCK_R + tl.arange(0, BLOCK_R)
     cells = tl.program_id(0) % cell_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
-    row_places = _row_places(rows, num_mixtures, out_groups, in_groups, c_out, c_in, stride_n,
-                             stride_o, stride_i, stride_p)
+    row_places = _row_places(rows, num_mixtures, out_groups, in_groups, stride_n, stride_s,
+                             stride_og, stride_ig)
     total = tl.zeros((BLOCK_R, BLOCK_C), ACC)
     for column_block in range(tl.program_id(1), tl.cdiv(num_columns, BLOCK_D),
                               tl.num_programs(1)):
@@ -174,39 +169,46 @@ class _Layout(NamedTuple):
     num_mixtures: int
     out_groups: int
     in_groups: int
-    c_out: int
-    c_in: int
     run: int
     positions: int
     stride_n: int
+    stride_s: int
+    stride_og: int
+    stride_ig: int
     stride_o: int
     stride_i: int
     stride_p: int
 
     @classmethod
-    def of(cls, pieces: Tensor, num_cells: int) -> _Layout | None:
-        """Where pieces of kernels lie; None if that is not where the pieces of a kernel do."""
+    def of(cls, pieces: Tensor, num_cells: int) -> _Layout:
+        """Where pieces of kernels lie."""
         num_samples, num_positions, out_groups, in_groups, c_out, c_in, positions = pieces.shape
-        by_sample, by_place, by_out, by_in, stride_o, stride_i, by_position = pieces.stride()
-        stride_p = by_place if num_positions > 1 else by_position
-        for size, actual, expected in ((out_groups, by_out, c_out * stride_o),
-                                       (in_groups, by_in, c_in * stride_i)):
-            if size > 1 and actual != expected:
-                return None
         num_mixtures = num_positions * out_groups * in_groups
+        # The stride of a dimension of size 1 can be anything; 0 is a multiple of 16.
+        strides = [stride if size > 1 else 0
+                   for size, stride in zip(pieces.shape, pieces.stride())]
         return cls(num_samples * num_mixtures, num_cells, c_out * c_in * positions, num_mixtures,
-                   out_groups, in_groups, c_out, c_in, c_in * positions, positions, by_sample,
-                   stride_o, stride_i, stride_p)
+                   out_groups, in_groups, c_in * positions, positions, *strides)
 
     def options(self, dtype: torch.dtype, block_r: int, block_c: int, block_d: int) -> dict:
         """The kernels' constant arguments, and how to launch them."""
-        # Whether 16 columns, from a multiple of 16 on, lie side by side, at such a multiple.
-        is_aligned = (self.positions == self.stride_i == 1 and self.run % 16 == 0
-                      and self.stride_o % 16 == 0)
         return dict(
             ACC=tl.float64 if dtype == torch.float64 else tl.float32,
-            PRECISION=dot_precision(dtype), ALIGNED=is_aligned, BLOCK_R=block_r, BLOCK_C=block_c,
-            BLOCK_D=block_d, num_warps=4, num_stages=2 if dtype == torch.float64 else 3)
+            PRECISION=dot_precision(dtype), ALIGNED=self._is_aligned(), BLOCK_R=block_r,
+            BLOCK_C=block_c, BLOCK_D=block_d, num_warps=4,
+            num_stages=2 if dtype == torch.float64 else 3)
+
+    def _is_aligned(self) -> bool:
+        """Whether 16 columns, from a multiple of 16 on, lie side by side, at such a multiple."""
+        side_by_side = 1
+        for size, stride in ((self.positions, self.stride_p),
+                             (self.run // self.positions, self.stride_i),
+                             (self.num_columns // self.run, self.stride_o)):
+            if size > 1 and stride == side_by_side:
+                side_by_side *= size
+            elif stride % 16 or (size > 1 and side_by_side % 16):
+                return False
+        return side_by_side % 16 == 0
 
 
 def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Sequence[int],
@@ -234,12 +236,12 @@ def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Seq
 
 
 def assemble_grad_cells(pieces: Tensor, alpha: Tensor) -> Tensor:
-    """``operators.assemble_grad_cells``; gradients of kernels are read where they lie."""
+    """``operators.assemble_grad_cells``; pieces are read where they lie."""
     cells = torch.empty(alpha.shape[2], *pieces.shape[4:], dtype=pieces.dtype,
                         device=pieces.device)
     if pieces.numel() == 0:
         return cells.zero_()
-    pieces, layout = _laid_out(pieces, len(cells))
+    layout = _Layout.of(pieces, len(cells))
     most, terms, block_d = _blocks(pieces.dtype, layout.num_columns)
     block_r, block_c = block(layout.num_rows, 16, terms), block(layout.num_cells, 16, most)
     column_blocks = triton.cdiv(layout.num_columns, block_d)
@@ -252,12 +254,12 @@ def assemble_grad_cells(pieces: Tensor, alpha: Tensor) -> Tensor:
 
 
 def assemble_grad_alpha(pieces: Tensor, cells: Tensor) -> Tensor:
-    """``operators.assemble_grad_alpha``; gradients of kernels are read where they lie."""
+    """``operators.assemble_grad_alpha``; pieces are read where they lie."""
     shape = pieces.shape[0], math.prod(pieces.shape[1:4]), len(cells)
     factory = dict(dtype=torch.promote_types(pieces.dtype, torch.float32), device=pieces.device)
     if pieces.numel() == 0:
         return torch.zeros(shape, **factory)
-    pieces, layout = _laid_out(pieces, len(cells))
+    layout = _Layout.of(pieces, len(cells))
     most, terms, _ = _blocks(pieces.dtype, layout.num_columns)
     block_r, block_c = (block(layout.num_rows, 16, min(most, 64)),
                         block(layout.num_cells, 16, most))
@@ -271,16 +273,6 @@ def assemble_grad_alpha(pieces: Tensor, cells: Tensor) -> Tensor:
             pieces, cells.contiguous(), partial, *layout,
             **layout.options(pieces.dtype, block_r, block_c, block_d))
     return partial.sum(0) if splits > 1 else partial[0]
-
-
-def _laid_out(pieces: Tensor, num_cells: int) -> tuple[Tensor, _Layout]:
-    """Pieces that lie as those of a kernel do, copied if need be."""
-    layout = _Layout.of(pieces, num_cells)
-    if layout is None:
-        # (N, OG, c_out, IG, c_in, S, k) is a kernel in the order of its indices.
-        pieces = pieces.permute(0, 2, 4, 3, 5, 1, 6).contiguous().permute(0, 5, 1, 3, 2, 4, 6)
-        layout = _Layout.of(pieces, num_cells)
-    return pieces, layout
 
 
 def _blocks(dtype: torch.dtype, num_columns: int) -> tuple[int, int, int]:

@@ -41,7 +41,12 @@ def is_usable(*tensors: Tensor) -> bool:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """Triton's ``input_precision`` for a compute dtype; obeys torch's switch for TF32."""
-    is_tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    if dtype != torch.float32:
+        return 'ieee'
+    matmul = torch.backends.cuda.matmul
+    # New in torch 2.9. Whoever sets it may not read allow_tf32 any more.
+    precision = getattr(matmul, 'fp32_precision', None)
+    is_tf32 = matmul.allow_tf32 if precision is None else precision == 'tf32'
     return 'tf32' if is_tf32 else 'ieee'
 
 

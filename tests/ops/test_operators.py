@@ -122,6 +122,23 @@ def test_both_dtypes_of_a_mixed_product(dtype):
     assert grads[0].max() > torch.finfo(torch.float16).max
 
 
+def test_factors_of_another_dtype():
+    # A norm's factors stay single under autocast. Kernels then came out in single too, not as
+    # compilers expect, and their gradients were none that the product with half cells took.
+    (alpha, cells, scale), sizes = inputs('spatial', torch.float32, scaled=True)
+    half = cells.detach().bfloat16().requires_grad_()
+    kernel = ops.assemble_kernel(alpha, half, *sizes, scale)
+    assert kernel.dtype == torch.bfloat16
+    torch.testing.assert_close(kernel.float(), ops.assemble_kernel(alpha, cells, *sizes, scale),
+                               rtol=0.05, atol=0.05)
+    grads = torch.autograd.grad(kernel.sum(), (alpha, half, scale))
+    wanted = torch.autograd.grad(ops.assemble_kernel(alpha, cells, *sizes, scale).sum(),
+                                 (alpha, cells, scale))
+    assert [g.dtype for g in grads] == [torch.float32, torch.bfloat16, torch.float32]
+    for actual, expected in zip(grads, wanted):
+        torch.testing.assert_close(actual.float(), expected, rtol=0.05, atol=0.2)
+
+
 # Who watches.
 
 def layer_loss(alpha, cells, case='spatial'):

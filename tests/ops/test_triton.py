@@ -20,13 +20,12 @@ pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='Triton exists f
 
 HAS_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
-SUITES = ['triton_assembly_suite.py', 'triton_attention_suite.py']
 
-
-def run(arguments: list[str], tmp_path: Path, interpret: bool) -> None:
+def run(arguments: list[str], tmp_path: Path, interpret: bool, **variables: str) -> None:
     """Runs python in a new process; all it wrote is shown if it fails."""
     environment = {**os.environ, 'TRITON_INTERPRET': str(int(interpret)), 'OMP_NUM_THREADS': '1',
-                   'TRITON_CACHE_DIR': str(tmp_path), 'PYTHONPATH': str(HERE.parents[1])}
+                   'TRITON_CACHE_DIR': str(tmp_path), 'PYTHONPATH': str(HERE.parents[1]),
+                   **variables}
     done = subprocess.run([sys.executable, *arguments], env=environment, cwd=HERE.parents[1],
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
     assert done.returncode == 0, done.stdout
@@ -37,16 +36,14 @@ def pytest_arguments(suite: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('suite', SUITES)
-def test_interpreted(suite: str, tmp_path: Path) -> None:
-    run(pytest_arguments(suite), tmp_path, interpret=True)
+def test_interpreted(tmp_path: Path) -> None:
+    run(pytest_arguments('triton_assembly_suite.py'), tmp_path, interpret=True)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_GPU, reason='needs a CUDA device of capability 8.0')
-@pytest.mark.parametrize('suite', SUITES)
-def test_on_gpu(suite: str, tmp_path: Path) -> None:
-    run(pytest_arguments(suite), tmp_path, interpret=False)
+def test_on_gpu(tmp_path: Path) -> None:
+    run(pytest_arguments('triton_assembly_suite.py'), tmp_path, interpret=False)
 
 
 @pytest.mark.slow
@@ -64,3 +61,25 @@ from kw_mm.ops.triton_support import is_usable
 assert not is_usable(torch.zeros(1))
 kw_mm.KWConv2d(4, 4, 3)(torch.zeros(2, 4, 5, 5))
 """], tmp_path, interpret=False)
+
+
+@pytest.mark.parametrize('wanted', ['0', '1'])
+def test_the_switch_in_the_environment(tmp_path: Path, wanted: str) -> None:
+    # What GPUs compute, asked for with tensors of which Triton takes none: said once, if at all.
+    run(['-c', f"""
+import warnings
+import torch
+from kw_mm import ops
+from kw_mm.ops import cuda, products
+
+inputs = (torch.rand(2, 9, 4), torch.rand(4, 3, 5, 1, 1), (9, 1, 1), (3, 3), None, torch.float32)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always')
+    for _ in range(2):
+        torch.testing.assert_close(cuda.assemble(*inputs), products.assemble(*inputs))
+assert [w.category for w in caught] == [RuntimeWarning] * {wanted}
+ops.use_triton(False)
+with warnings.catch_warnings():
+    warnings.simplefilter('error')
+    cuda.assemble(*inputs)
+"""], tmp_path, interpret=False, KW_MM_TRITON=wanted)

@@ -12,7 +12,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kw_mm.ops import triton_assembly, triton_attention
+from kw_mm.ops import triton_assembly
+from kw_mm.ops.layout import cut_kernel
 
 TYPES = {torch.float16: 'fp16', torch.bfloat16: 'bf16', torch.float32: 'fp32',
          torch.float64: 'fp64'}
@@ -54,10 +55,11 @@ class Compiler:
         self.results[self.kernel.__name__] = compiled.asm['ptx']
 
 
-# Capability of the GPU, dtype of the products, of the parameters: all of both, not all pairs.
+# Capability of the GPU, dtype of the cells, of the mixing weights: all of them, not all pairs.
 @pytest.fixture(params=[
     (80, torch.bfloat16, torch.bfloat16), (90, torch.float16, torch.float32),
     (90, torch.float32, torch.float32), (80, torch.float64, torch.float64),
+    (100, torch.bfloat16, torch.float32), (100, torch.float32, torch.float32),
 ], ids=lambda param: '-'.join(map(str, param)))
 def target(request):
     return request.param
@@ -67,10 +69,9 @@ def target(request):
 def ptx(target, monkeypatch):
     """The code of every kernel that is launched."""
     results = {}
-    for module in (triton_assembly, triton_attention):
-        for name, kernel in list(vars(module).items()):
-            if name.endswith('_kernel') and isinstance(kernel, triton.runtime.JITFunction):
-                monkeypatch.setattr(module, name, Compiler(kernel, target[0], results))
+    for name, kernel in list(vars(triton_assembly).items()):
+        if name.endswith('_kernel') and isinstance(kernel, triton.runtime.JITFunction):
+            monkeypatch.setattr(triton_assembly, name, Compiler(kernel, target[0], results))
     return results
 
 
@@ -78,52 +79,57 @@ def meta(*shape, dtype):
     return torch.empty(shape, dtype=dtype, device='meta')
 
 
-def test_assembly(ptx, target):
-    _, dtype, parameters = target
-    # A 3x3 convolution of 48 to 96 channels.
-    sizes = (9, 2, 1), (3, 3)
-    alpha, cells = meta(1, 18, 27, dtype=dtype), meta(27, 48, 48, 1, 1, dtype=parameters)
-    kernel = triton_assembly._assemble(alpha, cells, *sizes, dtype)
-    triton_assembly._grad_cells(kernel, alpha, cells.shape, sizes[0], parameters)
-    triton_assembly._grad_alpha(kernel, cells, sizes[0], dtype)
+def compile_assembly(target, grid, kernel_size, cell_shape, num_samples, num_cells):
+    """Calls the three functions as the operators do."""
+    _, dtype, alpha_dtype = target
+    alpha = meta(num_samples, math.prod(grid), num_cells, dtype=alpha_dtype)
+    cells = meta(num_cells, *cell_shape, dtype=dtype)
+    kernel = triton_assembly.assemble(alpha, cells, grid, kernel_size, dtype)
+    pieces = cut_kernel(kernel, grid, cell_shape)
+    assert kernel.dtype == triton_assembly.assemble_grad_cells(pieces, alpha).dtype == dtype
+    grad_alpha = triton_assembly.assemble_grad_alpha(pieces, cells)
+    assert grad_alpha.dtype == torch.promote_types(dtype, torch.float32)
+
+
+def check_vectors(ptx):
+    """Nothing goes to memory or comes from it element by element."""
+    for code in ptx.values():
+        sizes = [int(vector or 1) * int(bits) for vector, bits in re.findall(
+            r'(?:ld|st)\.global\.(?:v(\d)\.)?b(\d+)', code)]
+        assert sizes and set(sizes) == {128}
+        assert 'cp.async.cg' in code
+        # Of mixing weights, which are few, a thread may load 8 bytes at a time.
+        assert set(re.findall(r'cp\.async\.ca\.shared\.global.*?, (\w+)', code)) <= {'0x8'}
+
+
+# Convolutions of 48 to 96 channels. Once a remainder hid from the compiler that columns are
+# aligned, and once a stride of 1, where a kernel has one position or cells have all of them, that
+# pieces are: every element of the kernels was loaded and stored alone.
+@pytest.mark.parametrize('grid, kernel_size, cell_shape', [
+    ((9, 2, 1), (3, 3), (48, 48, 1, 1)), ((1, 2, 1), (1, 1), (48, 48, 1, 1)),
+    ((1, 2, 2), (3, 3), (48, 16, 3, 3)),
+], ids=['3x3', '1x1', 'whole'])
+def test_assembly(ptx, target, grid, kernel_size, cell_shape):
+    compile_assembly(target, grid, kernel_size, cell_shape, 2, 32)
     assert len(ptx) == 3
-    # Whole vectors: once a remainder hid from the compiler that columns are aligned, and every
-    # element of the kernels was loaded and stored alone.
-    stores = re.findall(r'st\.global\.(?:v(\d)\.)?b(\d+)', ptx['_assemble_kernel'])
-    assert stores and all(int(vector or 1) * int(bits) == 128 for vector, bits in stores)
-    assert all('cp.async.cg' in code for code in ptx.values())
+    check_vectors(ptx)
+
+
+def test_gathered_pieces(ptx, target):
+    _, dtype, alpha_dtype = target
+    gathered = meta(18, 48 * 48 + 64, dtype=dtype)[:, :-64]
+    triton_assembly.assemble_grad_cells(gathered.view(1, 1, 18, 1, 1, 1, 48 * 48),
+                                        meta(1, 18, 32, dtype=alpha_dtype))
+    triton_assembly.assemble_grad_alpha(gathered.view(1, 9, 2, 1, 48, 48, 1),
+                                        meta(32, 48, 48, 1, 1, dtype=dtype))
+    assert len(ptx) == 2
+    check_vectors(ptx)
 
 
 @pytest.mark.parametrize('target', [(80, torch.bfloat16, torch.bfloat16)], indirect=True)
-@pytest.mark.parametrize('sizes, cell_shape', [
-    (((9, 6, 1), (3, 3)), (7, 1, 1, 1)),
-    (((1, 2, 3), (3, 2)), (7, 5, 3, 2)),
+@pytest.mark.parametrize('grid, kernel_size, cell_shape', [
+    ((9, 6, 1), (3, 3), (7, 1, 1, 1)), ((1, 2, 3), (3, 2), (7, 5, 3, 2)),
 ])
-def test_assembly_of_odd_sizes(ptx, target, sizes, cell_shape):
-    _, dtype, _ = target
-    alpha = meta(3, math.prod(sizes[0]), 1, dtype=dtype)
-    cells = meta(1, *cell_shape, dtype=dtype)
-    kernel = triton_assembly._assemble(alpha, cells, *sizes, dtype)
-    triton_assembly._grad_cells(kernel, alpha, cells.shape, sizes[0], dtype)
-    triton_assembly._grad_alpha(kernel, cells, sizes[0], dtype)
+def test_assembly_of_odd_sizes(ptx, target, grid, kernel_size, cell_shape):
+    compile_assembly(target, grid, kernel_size, cell_shape, 3, 1)
     assert len(ptx) == 3
-
-
-def test_attention(ptx, target):
-    _, dtype, parameters = target
-    hidden, weight = meta(2, 16, dtype=dtype), meta(9 * 28, 16, dtype=parameters)
-    bias, tau = meta(9 * 28, dtype=parameters), meta(dtype=torch.float64)
-    alpha = triton_attention._mix(hidden, weight, bias, meta(9, 27, dtype=parameters), tau, dtype)
-    triton_attention._mix_grad_logits(alpha, hidden, weight, bias, tau)
-    assert len(ptx) == 2
-
-
-@pytest.mark.parametrize('num_hidden, norm', [(17, False),
-                                              (triton_attention.MAX_NORMED_UNITS, True)])
-def test_hidden_units(ptx, target, num_hidden, norm):
-    _, dtype, parameters = target
-    pooled, weight = meta(2, 40, dtype=dtype), meta(num_hidden, 40, dtype=parameters)
-    bias = meta(num_hidden, dtype=parameters)
-    triton_attention._hidden_units(pooled, weight, bias, *(bias, bias) if norm else (None, None),
-                                   1e-5, dtype)
-    assert len(ptx) == 1
