@@ -8,7 +8,6 @@ import re
 import pytest
 import torch
 from mmdet.registry import MODELS
-from mmengine.registry import DefaultScope
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 
@@ -28,14 +27,6 @@ MODULES = {
     'mobilenet': (dict(type='MobileNetV2', out_indices=(2, 4)), False),
     'fpn': (dict(type='FPN', in_channels=[32, 64, 96], out_channels=32, num_outs=4), False),
 }
-
-
-@pytest.fixture(autouse=True)
-def no_scope():
-    """Whatever other tests left as the default scope."""
-    DefaultScope._instance_dict.clear()
-    yield
-    DefaultScope._instance_dict.clear()
 
 
 def build(name):

@@ -130,8 +130,9 @@ def test_init_weights_keeps_or_loads(backbone, tmp_path):
     torch.manual_seed(1)
     model = backbone(**SMALL[backbone], kw_cfg=dict(cell_num_ratio=2), init_cfg=init_cfg)
     model.init_weights()
+    expected = trained.state_dict()
     for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, trained.state_dict()[name]), name
+        assert torch.equal(tensor, expected[name]), name
     other = build(backbone, init_cfg=init_cfg)
     with pytest.raises(ValueError, match='warehouse_manager.weights.0 .*another budget'):
         other.init_weights()

@@ -3,21 +3,12 @@ import pytest
 import torch
 from mmdet.registry import MODELS as DET_MODELS
 from mmengine.config import ConfigDict
-from mmengine.registry import DefaultScope
 from mmseg.registry import MODELS as SEG_MODELS
 
 from kw_mm import KWConv2d
 
 KW = dict(type='KWConv2d', kw_cfg=dict(cell_num_ratio=2))
 BN = dict(type='BN')
-
-
-@pytest.fixture(autouse=True)
-def no_scope():
-    """Whatever other tests left as the default scope."""
-    DefaultScope._instance_dict.clear()
-    yield
-    DefaultScope._instance_dict.clear()
 
 
 def feature_maps(channels, size=16):

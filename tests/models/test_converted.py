@@ -31,12 +31,8 @@ class Parent(BaseModule):
 
 
 @pytest.fixture(autouse=True)
-def fresh_start():
-    """Whatever other tests left as the default scope."""
-    DefaultScope._instance_dict.clear()
+def seed():
     torch.manual_seed(0)
-    yield
-    DefaultScope._instance_dict.clear()
 
 
 @pytest.fixture

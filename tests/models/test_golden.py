@@ -24,7 +24,7 @@ BACKBONES = {
 
 
 @pytest.mark.parametrize('name', [
-    pytest.param(name, marks=pytest.mark.slow if '50' in name or 'convnext' in name else ())
+    pytest.param(name, marks=() if 'mobilenet' in name else pytest.mark.slow)
     for name in BACKBONES])
 def test_it_computes_what_the_authors_compute(name):
     expected = golden.load(name)

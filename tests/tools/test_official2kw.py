@@ -101,6 +101,7 @@ def test_errors(error, tool, folder):
     assert 'is converted already' in error('a.txt', 'dst.pth')
 
 
+@pytest.mark.slow
 def test_as_a_script(folder):
     done = subprocess.run([sys.executable, TOOL, 'src.pth', 'dst.pth'], capture_output=True,
                           text=True, env=dict(os.environ, PYTHONPATH=str(ROOT)))

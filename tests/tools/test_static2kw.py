@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope, init_default_scope
+from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 ROOT = Path(__file__).parents[2]
@@ -29,13 +29,6 @@ model = dict(
                               ratios=[1.0], strides=[8, 16, 32, 64, 128]),
         bbox_coder=dict(type='DeltaXYWHBBoxCoder'){head}))
 """
-
-
-@pytest.fixture(autouse=True)
-def clean_scope():
-    DefaultScope._instance_dict.clear()
-    yield
-    DefaultScope._instance_dict.clear()
 
 
 @pytest.fixture

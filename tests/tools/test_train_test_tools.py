@@ -250,6 +250,7 @@ def test_slurm_scripts_pass_everything_on(folder, tool, last):
         'python', '-u', str(TOOLS / f'{tool}.py'), *last]
 
 
+@pytest.mark.slow
 def test_help_as_a_script():
     done = subprocess.run([sys.executable, TOOLS / 'train.py', '--help'], capture_output=True,
                           text=True, env=dict(os.environ, PYTHONPATH=str(TOOLS.parent)))
