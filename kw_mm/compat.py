@@ -5,6 +5,7 @@ import atexit
 import functools
 import gc
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -25,11 +26,12 @@ _ACCELERATOR_BACKENDS = ('nccl', 'cncl', 'hccl', 'mccl')
 
 
 def apply() -> None:
-    """Makes mmengine checkpoints load, distributed CPU runs start, bfloat16 runs detect; may run
-    again."""
+    """Makes mmengine checkpoints load, distributed CPU runs start, mmcv's operators read what they
+    are given; may run again."""
     allow_mmengine_checkpoints()
     patch_pytorch_launcher()
     let_mmcv_ops_take_bfloat16()
+    let_mmcv_ops_take_any_strides()
 
 
 def has_accelerator() -> bool:
@@ -182,6 +184,81 @@ def _in_single(method: Callable) -> Callable:
 
 def _has_dtype(value: Any, dtype: torch.dtype) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype == dtype
+
+
+# mmcv's kernels read and write memory as if every tensor were contiguous, unasked: from a channels-
+# last feature map RoIAlign takes wrong numbers, from an expanded one it reads beyond the memory.
+# Some of its functions assert that tensors are contiguous instead.
+
+def let_mmcv_ops_take_any_strides() -> None:
+    """Hands contiguous tensors to all of mmcv's operators, whatever strides they are given.
+
+    To the autograd functions, forward and backward, so that also what they make in the likeness
+    of their inputs is contiguous, and to the compiled functions, which others call as well.
+    Without mmcv's compiled operators there is nothing to do.
+    """
+    if find_spec('mmcv._ext') is None:
+        return
+    import mmcv.ops  # noqa: F401  (imports them all)
+    from mmcv import _ext
+    for name, function in list(vars(_ext).items()):
+        if callable(function) and not hasattr(function, 'takes_any_strides'):
+            setattr(_ext, name, _compiled_with_contiguous(function))
+    # By name, for many a module is hidden by the function of its name.
+    modules = [module for name, module in sys.modules.items() if name.startswith('mmcv.ops.')]
+    for function in {value for module in modules for value in vars(module).values()
+                     if isinstance(value, type) and issubclass(value, torch.autograd.Function)
+                     and value.__module__ == module.__name__}:
+        for name in ('forward', 'backward'):
+            method = vars(function).get(name)
+            if method is not None and not hasattr(method.__func__, 'takes_any_strides'):
+                setattr(function, name, staticmethod(_with_contiguous(method.__func__)))
+
+
+def _with_contiguous(method: Callable) -> Callable:
+    """A method of an autograd function that is given contiguous tensors."""
+    @functools.wraps(method)
+    def contiguous(*args: Any, **kwargs: Any) -> Any:
+        return method(*map(_contiguous, args),
+                      **{name: _contiguous(value) for name, value in kwargs.items()})
+
+    contiguous.takes_any_strides = True
+    return contiguous
+
+
+def _compiled_with_contiguous(function: Callable) -> Callable:
+    """A compiled function that is given contiguous tensors, its results copied back.
+
+    Nothing tells which of the arguments it writes to; those it has changed are.
+    """
+    @functools.wraps(function)
+    def contiguous(*args: Any, **kwargs: Any) -> Any:
+        copies = [(value, _contiguous(value)) for value in (*args, *kwargs.values())]
+        copies = {id(value): (value, copy) for value, copy in copies if copy is not value}
+        if not copies:
+            return function(*args, **kwargs)
+
+        def copied(value: Any) -> Any:
+            return copies[id(value)][1] if id(value) in copies else value
+
+        results = function(*map(copied, args),
+                           **{name: copied(value) for name, value in kwargs.items()})
+        for value, copy in copies.values():
+            if not torch.equal(_bytes(value), _bytes(copy)):
+                value.copy_(copy)
+        return results
+
+    contiguous.takes_any_strides = True
+    return contiguous
+
+
+def _contiguous(value: Any) -> Any:
+    return value.contiguous() if isinstance(value, torch.Tensor) else value
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """What numbers are compared by, NaN with NaN."""
+    return tensor.detach().contiguous().flatten().view(torch.uint8)
 
 
 def _dicts(node: Any) -> Iterator[dict]:
