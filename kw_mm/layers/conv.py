@@ -5,11 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import WarehouseConfig
 from ..ops import assemble_kernel, collect_gradients, dynamic_conv
+from ..ops.convolution import in_order, is_channels_last
 from ..plan import ConvSpec, LayerPlan, plan_warehouses
 from .attention import Attention
 from .static_start import start_from_static_
@@ -29,15 +31,52 @@ def convolve(layer: nn.Module, x: Tensor, make_kernel: Callable[[Tensor], Tensor
     Raises:
         ValueError: If ``x`` has no batch dimension or another number of channels.
     """
+    if isinstance(x, torch.fx.Proxy):
+        return record_call(layer, x)
     if x.dim() != layer.num_dims + 2 or x.shape[1] != layer.in_channels:
         raise ValueError(f'x must be (N, {layer.in_channels}) and {layer.num_dims} spatial '
                          f'dimension(s), got {tuple(x.shape)}')
     kernel = make_kernel(x)
     padding = layer.padding
     if layer.padding_mode != 'zeros':
-        x = F.pad(x, layer.pads, mode=layer.padding_mode)
+        x = in_order(F.pad(x, layer.pads, mode=layer.padding_mode), is_channels_last(x))
         padding = (0,) * layer.num_dims
     return dynamic_conv(x, kernel, layer.bias, layer.stride, padding, layer.dilation, layer.groups)
+
+
+def record_call(layer: nn.Module, x: torch.fx.Proxy) -> torch.fx.Proxy:
+    """The call of a layer as one node of a ``torch.fx`` graph, as of torch's own convolutions.
+
+    A graph module takes along what its nodes name. So cells that a layer shares are named, too.
+
+    Args:
+        layer: A KW layer below the module that is traced.
+        x: Its input.
+
+    Raises:
+        ValueError: If the layer is itself what is traced, for a graph cannot call itself.
+    """
+    path = x.tracer.path_of_module(layer)
+    if not path:
+        raise ValueError(f'torch.fx traces modules that contain KW layers, not a '
+                         f'{type(layer).__name__} by itself; put it into an nn.Sequential')
+    for module in layer.modules():
+        manager = getattr(module, 'manager', None)
+        if manager is None or 'warehouse_manager' in module._modules:
+            continue
+        try:
+            owner = x.tracer.path_of_module(manager)
+        except NameError:
+            continue  # beside what is traced
+        cells = x.tracer.create_proxy(
+            'get_attr', f'{owner}.weights.{module.plan.warehouse}', (), {})
+        x = x.tracer.create_proxy('call_function', beside, (x, cells), {})
+    return x.tracer.create_proxy('call_module', path, (x,), {})
+
+
+def beside(x: Tensor, cells: Tensor) -> Tensor:
+    """``x``; that cells are used next is all that this says, in a ``torch.fx`` graph."""
+    return x
 
 
 class _KWConvNd(nn.Module):

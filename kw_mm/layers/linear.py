@@ -4,10 +4,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+import torch.fx
 from torch import Tensor, nn
 
 from ..config import WarehouseConfig
-from .conv import KWConv1d
+from .conv import KWConv1d, record_call
 from .static_start import start_from_static_
 from .warehouse import WarehouseManager
 
@@ -78,11 +80,14 @@ class KWLinear(nn.Module):
         Raises:
             ValueError: If ``x`` has no batch dimension or another number of features.
         """
+        if isinstance(x, torch.fx.Proxy):
+            return record_call(self, x)
         if x.dim() < 2 or x.shape[-1] != self.in_features:
             raise ValueError(f'x must be (N, ..., {self.in_features}), got {tuple(x.shape)}')
         tokens = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
+        # Channels-last, which the convolution's output is then too, so that flattening it is free.
         y = self.conv(tokens.transpose(1, 2)).transpose(1, 2)
-        return y.reshape(*x.shape[:-1], self.out_features)
+        return y.flatten().view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f'in_features={self.in_features}, out_features={self.out_features}'

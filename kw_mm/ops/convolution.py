@@ -1,8 +1,10 @@
 """One kernel per sample: the convolution itself, and the one place that chooses how."""
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import List  # noqa: UP035  (what torch.jit.script reads)
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from torch import Tensor
 # bringing them into a convolution's own order costs more than im2col does.
 IM2COL_POSITIONS = 64
 # From here on a step of training is faster with one grouped convolution, which is spared the
-# copies of gradients that samples one by one have.
+# copies of gradients that samples one by one have; it copies feature maps that are channels-last.
 GROUPED_POSITIONS = 1024
 
 
@@ -21,53 +23,91 @@ def dynamic_conv(x: Tensor, kernel: Tensor, bias: Tensor | None, stride: Sequenc
                  padding: Sequence[int] | str, dilation: Sequence[int], groups: int) -> Tensor:
     """Convolves each sample with its own kernel; see ``reference``.
 
-    Kernels may lie in memory as they are indexed, or position before input channel as channels-
-    last feature maps want them.
+    The output is contiguous for a contiguous ``x`` and channels-last for a channels-last one, in
+    one to three dimensions, whatever the strides of the kernels. Kernels are read fastest if they
+    lie in memory as they are indexed, or position before input channel.
     """
+    channels_last = is_channels_last(x)
     path = choose_path(x, kernel, stride, padding, dilation, groups)
-    return path(x, kernel, bias, stride, padding, dilation, groups)
+    y = path(x, kernel, bias, channels_last, stride, padding, dilation, groups)
+    # No copy as a rule, for the paths make torch's functions answer in this order.
+    return in_order(y, channels_last)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of a position lie side by side, and the map is not contiguous too."""
+    return not x.is_contiguous() and x.stride(1) == 1
+
+
+def in_order(y: Tensor, channels_last: bool) -> Tensor:
+    """The same map, channels-last or else contiguous."""
+    if not channels_last:
+        return y.contiguous()
+    rows = y.movedim(1, -1)
+    return y if rows.is_contiguous() else rows.contiguous().movedim(-1, 1)
 
 
 def choose_path(x: Tensor, kernel: Tensor, stride: Sequence[int], padding: Sequence[int] | str,
                 dilation: Sequence[int], groups: int) -> Callable[..., Tensor]:
-    """The function that convolves such tensors fastest, by what was measured."""
-    num_samples, kernel_size = len(kernel), kernel.shape[3:]
-    if num_samples == 0:
-        return _none
+    """The function that convolves such tensors fastest, by what was measured.
+
+    A graph that will be given other sizes gets a path that serves all of them.
+    """
+    kernel_size = kernel.shape[3:]
     is_pointwise = max(kernel_size) == 1
     is_plain = groups == 1 and not isinstance(padding, str)
-    if is_pointwise and is_plain and not any(padding) and num_samples > 1:
+    is_product = is_pointwise and is_plain and not any(padding)
+    if _is_recorded():
+        # A product of strided maps would have their sizes compared.
+        return _pointwise if is_product and max(stride) == 1 else (
+            _traced if torch.jit.is_tracing() else _grouped)
+    num_samples = kernel.shape[0]
+    if num_samples == 0:
+        return _none
+    if is_product and not (num_samples == 1 and is_channels_last(x)):
         return _pointwise
     if x.device.type == 'cpu' and is_plain:
         positions = math.prod(_output_size(x.shape[2:], kernel_size, stride, padding, dilation))
         if x.dim() == 4 and not is_pointwise and positions <= IM2COL_POSITIONS and (
                 num_samples > 1 or not kernel.is_contiguous()):
             return _im2col
-        if num_samples > 1 and (positions < GROUPED_POSITIONS or not kernel.requires_grad):
+        if num_samples > 1 and (positions < GROUPED_POSITIONS or not kernel.requires_grad
+                                or is_channels_last(x)):
             return _sample_by_sample
     return _grouped if num_samples > 1 else _one
 
 
-def _none(x: Tensor, kernel: Tensor, bias: Tensor | None, *args: object) -> Tensor:
+def _is_recorded() -> bool:
+    """Whether what runs becomes a graph that will be given tensors of other sizes."""
+    return torch.jit.is_tracing() or _is_exporting()
+
+
+# Older versions do not tell, and export the path of the example.
+_is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
+
+
+def _none(x: Tensor, kernel: Tensor, bias: Tensor | None, _: bool, *args: object) -> Tensor:
     """No sample: the empty sum keeps every parameter in the graph, so that each gets the (zero)
     gradient that distributed training waits for."""
     return _conv(x)(x, kernel.sum(0), bias, *args)
 
 
-def _one(x: Tensor, kernel: Tensor, bias: Tensor | None, *args: object) -> Tensor:
+def _one(x: Tensor, kernel: Tensor, bias: Tensor | None, channels_last: bool,
+         *args: object) -> Tensor:
     """One sample: a convolution like any other."""
-    return _conv(x)(x, _laid_out_for(x, kernel)[0], bias, *args)
+    return _conv(x)(x, _weight(kernel[0], channels_last), bias, *args)
 
 
-def _pointwise(x: Tensor, kernel: Tensor, bias: Tensor | None, stride: Sequence[int],
-               *_: object) -> Tensor:
+def _pointwise(x: Tensor, kernel: Tensor, bias: Tensor | None, channels_last: bool,
+               stride: Sequence[int], *_: object) -> Tensor:
     """1x1 kernels: one batched matrix product."""
     x = x[(..., *(slice(None, None, step) for step in stride))]
-    return _product(kernel, x.flatten(2), bias).unflatten(2, x.shape[2:])
+    return _product(kernel, x.flatten(2), bias, channels_last).unflatten(2, x.shape[2:])
 
 
-def _im2col(x: Tensor, kernel: Tensor, bias: Tensor | None, stride: Sequence[int],
-            padding: Sequence[int], dilation: Sequence[int], _: int) -> Tensor:
+def _im2col(x: Tensor, kernel: Tensor, bias: Tensor | None, channels_last: bool,
+            stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+            _: int) -> Tensor:
     """2-d, no groups: one batched matrix product with what each position sees."""
     size = _output_size(x.shape[2:], kernel.shape[3:], stride, padding, dilation)
     columns = F.unfold(x, kernel.shape[3:], dilation, padding, stride)
@@ -75,41 +115,92 @@ def _im2col(x: Tensor, kernel: Tensor, bias: Tensor | None, stride: Sequence[int
         # Sooner the columns than the kernels, which are larger.
         columns = columns.unflatten(1, (kernel.shape[2], -1)).transpose(1, 2).flatten(1, 2)
         kernel = kernel.flatten(3).transpose(2, 3)
-    return _product(kernel, columns, bias).unflatten(2, size)
+    return _product(kernel, columns, bias, channels_last).unflatten(2, size)
 
 
-def _product(kernel: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
-    y = kernel.flatten(2) @ columns
-    # Before anything is a view of it, which would have the gradient copied. Under autocast it is
-    # in half precision.
-    return y if bias is None else y.add_(bias.to(y.dtype).unsqueeze(1))
+def _product(kernel: Tensor, columns: Tensor, bias: Tensor | None, channels_last: bool) -> Tensor:
+    """``(N, C_out, positions)``; channels-last if told to, and where that pays."""
+    kernel = kernel.flatten(2)
+    # The product of the transposed gives the kernels a transposed gradient, which is copied later.
+    # With fewer positions than inputs it is cheaper to copy the output.
+    swap = channels_last and (
+        not kernel.requires_grad or _is_recorded() or columns.shape[2] >= columns.shape[1])
+    y = columns.transpose(1, 2) @ kernel.transpose(1, 2) if swap else kernel @ columns
+    if bias is not None:
+        # Before anything is a view of it, which would have the gradient copied. Under autocast it
+        # is in half precision.
+        y = y.add_(bias.to(y.dtype) if swap else bias.to(y.dtype).unsqueeze(1))
+    return y.transpose(1, 2) if swap else y
 
 
-def _sample_by_sample(x: Tensor, kernel: Tensor, bias: Tensor | None, *args: object) -> Tensor:
+def _sample_by_sample(x: Tensor, kernel: Tensor, bias: Tensor | None, channels_last: bool,
+                      *args: object) -> Tensor:
     """One convolution after the other."""
     conv = _conv(x)
-    return torch.cat([conv(sample, _laid_out_for(x, weight), bias, *args)
+    return torch.cat([conv(sample, _weight(weight, channels_last), bias, *args)
                       for sample, weight in zip(x.split(1), kernel.unbind())])
 
 
-def _grouped(x: Tensor, kernel: Tensor, bias: Tensor | None, stride: Sequence[int],
+def _grouped(x: Tensor, kernel: Tensor, bias: Tensor | None, _: bool, stride: Sequence[int],
              padding: Sequence[int] | str, dilation: Sequence[int], groups: int) -> Tensor:
     """Any geometry: the batch as ``N * groups`` groups of one convolution."""
-    bias = None if bias is None else bias.repeat(len(kernel))
-    y = _conv(x)(x.reshape(1, -1, *x.shape[2:]), _laid_out_for(x, kernel).flatten(0, 1), bias,
-                 stride, padding, dilation, len(kernel) * groups)
-    return y.view(*kernel.shape[:2], *y.shape[2:])
+    num_samples = kernel.shape[0]
+    bias = None if bias is None else bias.repeat(num_samples)
+    # Contiguous: as one sample, no other order of the batch is.
+    y = _conv(x)(x.reshape(1, -1, *x.shape[2:]), _weight(kernel.flatten(0, 1)), bias, stride,
+                 padding, dilation, num_samples * groups)
+    return y.view(num_samples, -1, *y.shape[2:])
+
+
+def _traced(x: Tensor, kernel: Tensor, bias: Tensor | None, _: bool, stride: Sequence[int],
+            padding: Sequence[int] | str, dilation: Sequence[int], groups: int) -> Tensor:
+    """``_grouped`` for ``torch.jit.trace``, which takes a number of groups for a constant."""
+    named = isinstance(padding, str)
+    y = _scripted()(x, kernel, list(stride), [0] * len(stride) if named else list(padding),
+                    padding == 'same', list(dilation), groups)
+    return y if bias is None else y + bias.view(-1, *(1,) * (x.dim() - 2))
+
+
+@functools.cache
+def _scripted() -> Callable[..., Tensor]:
+    return torch.jit.script(_batch_as_groups)
+
+
+def _batch_as_groups(x: Tensor, kernel: Tensor, stride: List[int],  # noqa: UP006
+                     padding: List[int], same: bool, dilation: List[int],  # noqa: UP006
+                     groups: int) -> Tensor:
+    if same:
+        sides: List[int] = []  # noqa: UP006
+        for dim in range(len(dilation) - 1, -1, -1):
+            total = dilation[dim] * (kernel.size(3 + dim) - 1)
+            sides += [total // 2, total - total // 2]
+        x = torch.constant_pad_nd(x, sides)
+    n = kernel.size(0)
+    weight = kernel.reshape(-1).view([-1] + kernel.size()[2:])
+    x = x.reshape([1, -1] + x.size()[2:])
+    if x.dim() == 3:
+        y = torch.conv1d(x, weight, None, stride, padding, dilation, n * groups)
+    elif x.dim() == 4:
+        y = torch.conv2d(x, weight, None, stride, padding, dilation, n * groups)
+    else:
+        y = torch.conv3d(x, weight, None, stride, padding, dilation, n * groups)
+    return y.view([n, -1] + y.size()[2:])
 
 
 def _conv(x: Tensor) -> Callable[..., Tensor]:
     return (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
 
 
-def _laid_out_for(x: Tensor, kernel: Tensor) -> Tensor:
-    """Kernels in the memory format of their input, which a convolution would else give up."""
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+def _weight(kernel: Tensor, channels_last: bool = False) -> Tensor:
+    """A kernel ``(C_out, C_in / groups, *k)`` that leaves the order of the output to the input.
+
+    Torch's convolutions answer channels-last if the strides of either one look like it.
+    """
+    if channels_last:
         return kernel
-    return kernel.contiguous()
+    kernel = kernel.contiguous()
+    # A dimension of length 1 may still have any stride. These views give it that of a new tensor.
+    return kernel.flatten().view(kernel.shape) if 1 in kernel.shape[1:] else kernel
 
 
 def _output_size(size: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int],

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, Callable
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
@@ -17,7 +18,10 @@ from .base import KWBackbone, check_choice, check_drop_path_rate, check_indices
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of ``(N, C, H, W)``, at every position by itself."""
+    """LayerNorm over the channels of ``(N, C, H, W)``, at every position by itself.
+
+    Its output is channels-last in memory, whatever its input is.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=1e-6)
@@ -158,10 +162,10 @@ class KWConvNeXt(KWBackbone):
             x: Images, ``(N, in_channels, H, W)``.
 
         Returns:
-            One ``(N, C_i, H_i, W_i)`` for each, normalised; H_i = H / (4, 8, 16, 32), or H divided
-            by ``output_stride`` where that is less.
+            One ``(N, C_i, H_i, W_i)`` for each, normalised, contiguous if the images are; H_i = H /
+            (4, 8, 16, 32), or H divided by ``output_stride`` where that is less.
         """
-        outputs = []
+        images, outputs = x, []
         for i in range(self.out_indices[-1] + 1):
             x = self.downsample_layers[i](x)
             if self._is_dense(i):
@@ -170,7 +174,7 @@ class KWConvNeXt(KWBackbone):
                 x = x[:, :, first:, first:]
             x = self.stages[i](x)
             if i in self.out_indices:
-                outputs.append(getattr(self, f'norm{i}')(x))
+                outputs.append(_in_order_of(images, getattr(self, f'norm{i}')(x)))
         return tuple(outputs)
 
     def static_layouts(self) -> dict[str, dict[str, str]]:
@@ -235,6 +239,12 @@ class KWConvNeXt(KWBackbone):
     def _idle_modules(self) -> list[nn.Module]:
         first = self.out_indices[-1] + 1
         return [*self.downsample_layers[first:], *self.stages[first:]]
+
+
+@torch.fx.wrap  # which does not trace what depends on strides
+def _in_order_of(images: Tensor, y: Tensor) -> Tensor:
+    """Maps as the norms leave them, channels-last; of contiguous images contiguous."""
+    return y.contiguous() if images.is_contiguous() else y
 
 
 def _downsampling_specs(channels: Sequence[int]) -> list[ConvSpec]:
