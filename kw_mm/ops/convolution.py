@@ -1,8 +1,10 @@
 """One kernel per sample: the convolution itself, and the one place that chooses how."""
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import List  # noqa: UP035  (what torch.jit.script reads)
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +58,9 @@ def choose_path(x: Tensor, kernel: Tensor, stride: Sequence[int], padding: Seque
     is_plain = groups == 1 and not isinstance(padding, str)
     is_product = is_pointwise and is_plain and not any(padding)
     if _is_recorded():
-        return _pointwise if is_product else _grouped
+        # A product of strided maps would have their sizes compared.
+        return _pointwise if is_product and max(stride) == 1 else (
+            _traced if torch.jit.is_tracing() else _grouped)
     num_samples = kernel.shape[0]
     if num_samples == 0:
         return _none
@@ -146,6 +150,41 @@ def _grouped(x: Tensor, kernel: Tensor, bias: Tensor | None, _: bool, stride: Se
     y = _conv(x)(x.reshape(1, -1, *x.shape[2:]), _weight(kernel.flatten(0, 1)), bias, stride,
                  padding, dilation, num_samples * groups)
     return y.view(num_samples, -1, *y.shape[2:])
+
+
+def _traced(x: Tensor, kernel: Tensor, bias: Tensor | None, _: bool, stride: Sequence[int],
+            padding: Sequence[int] | str, dilation: Sequence[int], groups: int) -> Tensor:
+    """``_grouped`` for ``torch.jit.trace``, which takes a number of groups for a constant."""
+    named = isinstance(padding, str)
+    y = _scripted()(x, kernel, list(stride), [0] * len(stride) if named else list(padding),
+                    padding == 'same', list(dilation), groups)
+    return y if bias is None else y + bias.view(-1, *(1,) * (x.dim() - 2))
+
+
+@functools.cache
+def _scripted() -> Callable[..., Tensor]:
+    return torch.jit.script(_batch_as_groups)
+
+
+def _batch_as_groups(x: Tensor, kernel: Tensor, stride: List[int],  # noqa: UP006
+                     padding: List[int], same: bool, dilation: List[int],  # noqa: UP006
+                     groups: int) -> Tensor:
+    if same:
+        sides: List[int] = []  # noqa: UP006
+        for dim in range(len(dilation) - 1, -1, -1):
+            total = dilation[dim] * (kernel.size(3 + dim) - 1)
+            sides += [total // 2, total - total // 2]
+        x = torch.constant_pad_nd(x, sides)
+    n = kernel.size(0)
+    weight = kernel.reshape(-1).view([-1] + kernel.size()[2:])
+    x = x.reshape([1, -1] + x.size()[2:])
+    if x.dim() == 3:
+        y = torch.conv1d(x, weight, None, stride, padding, dilation, n * groups)
+    elif x.dim() == 4:
+        y = torch.conv2d(x, weight, None, stride, padding, dilation, n * groups)
+    else:
+        y = torch.conv3d(x, weight, None, stride, padding, dilation, n * groups)
+    return y.view([n, -1] + y.size()[2:])
 
 
 def _conv(x: Tensor) -> Callable[..., Tensor]:
