@@ -25,9 +25,9 @@ from kw_mm.layers.conv import convolve
 
 
 def converted():
-    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
-                        nn.Conv2d(16, 32, 3, groups=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                        nn.Linear(32, 4))
+    net = nn.Sequential(nn.Conv2d(3, 64, 3, 4), nn.BatchNorm2d(64), nn.ReLU(),
+                        nn.Conv2d(64, 64, 3, groups=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                        nn.Linear(64, 4))
     convert_to_kw_(net, dict(cell_num_ratio=2), linear=True)
     return net
 
