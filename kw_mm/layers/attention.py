@@ -70,6 +70,8 @@ class Attention(nn.Module):
         for mixture, cell in enumerate(own.columns):
             if cell is not None:
                 beta[mixture, cell] = 1
+        for part in self.children():
+            part.is_part_of_kw_layer = True  # read by kw_mm.compat
         self.register_buffer('beta', beta, persistent=False)
         self.register_buffer('tau', torch.zeros((), dtype=torch.float64, device=device),
                              persistent=False)

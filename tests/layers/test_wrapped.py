@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize, parametrizations, prune, spectral_norm, weight_norm
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 from kw_mm import ConvSpec, KWConv2d, plan_warehouses
 from kw_mm.layers import WarehouseManager, start_from_static_
