@@ -19,8 +19,18 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.dist import utils as dist_utils
 from mmengine.logging import HistoryBuffer, print_log
+from mmengine.model import weight_init
 from mmengine.runner import checkpoint as mmengine_checkpoint
+from torch import nn
 
+from .layers import (
+    KWConv1d,
+    KWConv2d,
+    KWConv3d,
+    KWLinear,
+    start_at_zero_,
+    start_from_static_,
+)
 from .layers.loading import CheckpointMismatch, describe_keys, is_strict, whole_load
 
 # The methods that mmengine registers with every history buffer, by the names a pickle has.
@@ -32,11 +42,12 @@ _ACCELERATOR_BACKENDS = ('nccl', 'cncl', 'hccl', 'mccl')
 
 
 def apply() -> None:
-    """Makes mmengine checkpoints load, and load whole, distributed CPU runs start, and mmcv's
-    operators read what they are given; may run again."""
+    """Makes mmengine checkpoints load, and load whole, distributed CPU runs start, initialisers
+    reach KW layers, and mmcv's operators read what they are given; may run again."""
     allow_mmengine_checkpoints()
     let_mmengine_refuse_checkpoints()
     patch_pytorch_launcher()
+    let_initialisers_take_kw_layers()
     let_mmcv_ops_take_bfloat16()
     let_mmcv_ops_take_any_strides()
 
@@ -219,6 +230,76 @@ def prepare_cpu_ddp_(cfg: Config) -> None:
     if reverted:
         print_log('Synchronised batch norms need GPUs: on CPUs they become plain ones, with the '
                   'statistics of each process', logger='current', level=logging.WARNING)
+
+
+# mmengine's initialisers pass over what has no weight without a word, so that a branch that
+# constant_init(conv, 0) was to start at zero would not. And by class name they find the linear
+# layers and norms inside a KW layer, whose initial values are the layer's own affair.
+
+_INITIALISERS = ('constant_init', 'xavier_init', 'normal_init', 'trunc_normal_init',
+                 'uniform_init', 'kaiming_init', 'caffe2_xavier_init')
+
+
+def let_initialisers_take_kw_layers() -> None:
+    """Makes mmengine's initialisers act on KW layers as on the static ones that they stand for.
+
+    The layer then starts as a static layer would whose weight was so initialised: exactly, or as
+    its cells allow (see ``start_from_static_``). Cells that other layers share are not touched:
+    such a layer can start at zero, but keeps its values, with a warning, where random ones were
+    to be drawn.
+    """
+    for name in _INITIALISERS:
+        original = getattr(weight_init, name, None)
+        if original is None or hasattr(original, 'takes_kw_layers'):
+            continue
+        replacement = _on_kw_layers(original)
+        # Other modules have imported the function by its name.
+        for module in list(sys.modules.values()):
+            if getattr(module, '__dict__', {}).get(name) is original:
+                setattr(module, name, replacement)
+
+
+def _on_kw_layers(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def initialise(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        layer = module.conv if isinstance(module, KWLinear) else module
+        if isinstance(layer, (KWConv1d, KWConv2d, KWConv3d)):
+            static = _static_twin(layer)
+            original(static, *args, **kwargs)
+            _start_as(layer, static, original.__name__)
+        elif not getattr(layer, 'is_part_of_kw_layer', False):
+            original(module, *args, **kwargs)
+
+    initialise.takes_kw_layers = True
+    return initialise
+
+
+def _static_twin(layer: nn.Module) -> nn.Module:
+    # Without values of its own, which would use up random numbers.
+    return nn.utils.skip_init(
+        layer.static_type, layer.in_channels, layer.out_channels, layer.kernel_size,
+        groups=layer.groups, bias=layer.bias is not None, device=layer.cells.device,
+        dtype=layer.cells.dtype)
+
+
+def _start_as(layer: nn.Module, static: nn.Module, initialiser: str) -> None:
+    weight, warehouse = static.weight, layer.plan.warehouse
+    if len(layer.manager.plan.warehouses[warehouse].layers) == 1:
+        start_from_static_([(layer, weight, static.bias)])
+        return
+    name = layer.plan.spec.name
+    if not weight.is_meta and bool((weight == weight.flatten()[0]).all()):
+        if weight.any():
+            raise ValueError(
+                f'{initialiser} can make the kernels of {name!r} zero but not {weight.max():g}, '
+                f'for other layers share its cells; give the layer a warehouse of its own')
+        start_at_zero_(layer, static.bias)
+        return
+    with torch.no_grad():
+        if layer.bias is not None:
+            layer.bias.copy_(static.bias)
+    print_log(f'{initialiser} leaves the kernels of {name!r} as they are, for other layers share '
+              f'its cells', logger='current', level=logging.WARNING)
 
 
 # mmcv's kernels are built for single, double and half precision. In a bfloat16 run detectors hand

@@ -68,6 +68,8 @@ class Attention(nn.Module):
         else:
             self.fc2 = nn.Linear(plan.hidden, m * (n + 1), **factory)
             self.fc3 = self.basis_bias = None
+        for part in self.children():
+            part.is_part_of_kw_layer = True  # read by kw_mm.compat
         self.assignment = own
         self.register_buffer('beta', torch.empty(m, n, **factory), persistent=False)
         self.register_buffer('tau', _on_device(None, self.beta.device), persistent=False)

@@ -20,6 +20,12 @@ from .warehouse import WarehouseManager
 
 PADDING_MODES = ('zeros', 'reflect', 'replicate', 'circular')
 
+NO_WEIGHT = (
+    '{} has no weight: it mixes a kernel for each image anew from its cells (kernel(x) returns '
+    'them). To fold norms use kw_mm.optimize_for_inference_, to set what it computes at first '
+    'from_conv, from_linear or kw_mm.layers.start_from_static_; code that cannot do without a '
+    'weight needs a static layer here')
+
 
 def convolve(layer: nn.Module, x: Tensor, make_kernel: Callable[[Tensor], Tensor]) -> Tensor:
     """Convolves ``x`` as the geometry of a layer says, each sample with its own kernel.
@@ -145,6 +151,17 @@ class _KWConvNd(nn.Module):
         self.bias = nn.Parameter(
             torch.zeros(out_channels, device=device, dtype=dtype)) if bias else None
 
+    def __getattr__(self, name: str) -> Any:
+        # hasattr(layer, 'weight') stays False, as what reads or sets weights has to know.
+        if name == 'weight':
+            raise AttributeError(NO_WEIGHT.format(type(self).__name__))
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == 'weight':
+            raise AttributeError(NO_WEIGHT.format(type(self).__name__))
+        super().__setattr__(name, value)
+
     @classmethod
     def from_conv(cls, conv: nn.Module,
                   kw_cfg: WarehouseConfig | Mapping[str, Any] | None = None) -> _KWConvNd:
@@ -195,6 +212,15 @@ class _KWConvNd(nn.Module):
     def manager(self) -> WarehouseManager:
         """The owner of its cells."""
         return self.__dict__['_manager']
+
+    @property
+    def pads(self) -> tuple[int, ...]:
+        """What ``F.pad`` adds, last dimension first; follows ``padding`` where that is set anew."""
+        if not isinstance(self.padding, str):
+            return tuple(side for p in reversed(self.padding) for side in (p, p))
+        totals = [d * (k - 1) * (self.padding == 'same')
+                  for d, k in zip(self.dilation, self.kernel_size)]
+        return tuple(s for t in reversed(totals) for s in (t // 2, t - t // 2))
 
     @property
     def cells(self) -> Tensor:
@@ -259,16 +285,11 @@ class _KWConvNd(nn.Module):
             raise ValueError(
                 f'padding_mode must be one of {PADDING_MODES}, got {self.padding_mode!r}')
         if not isinstance(padding, str):
-            sides = padding = self._tuple('padding', padding, 0)
-            self.pads = tuple(side for p in reversed(sides) for side in (p, p))
-            return padding
+            return self._tuple('padding', padding, 0)
         if padding not in ('same', 'valid'):
             raise ValueError(f"padding must be integers, 'same' or 'valid', got {padding!r}")
         if padding == 'same' and self.stride != (1,) * self.num_dims:
             raise ValueError(f"padding='same' needs stride 1, got stride {self.stride}")
-        totals = [d * (k - 1) * (padding == 'same')
-                  for d, k in zip(self.dilation, self.kernel_size)]
-        self.pads = tuple(s for t in reversed(totals) for s in (t // 2, t - t // 2))
         return padding
 
     @staticmethod

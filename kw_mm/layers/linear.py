@@ -9,7 +9,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from ..config import WarehouseConfig
-from .conv import KWConv1d, record_call
+from .conv import NO_WEIGHT, KWConv1d, record_call
 from .loading import check_fit
 from .static_start import start_from_static_
 from .warehouse import WarehouseManager
@@ -43,6 +43,21 @@ class KWLinear(nn.Module):
         self.out_features = out_features
         self.conv = KWConv1d(in_features, out_features, 1, bias=bias, device=device, dtype=dtype,
                              kw_cfg=kw_cfg, manager=manager, name=name)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == 'weight':
+            raise AttributeError(NO_WEIGHT.format(type(self).__name__))
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == 'weight':
+            raise AttributeError(NO_WEIGHT.format(type(self).__name__))
+        super().__setattr__(name, value)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The static bias, or None."""
+        return self.conv.bias
 
     @classmethod
     def from_linear(cls, linear: nn.Module,

@@ -123,6 +123,32 @@ def start_from_static_(layers: Iterable[LayerWeights]) -> StartReport:
     return StartReport(tuple(_start_warehouse(*start) for start in starts))
 
 
+@torch.no_grad()
+def start_at_zero_(layer: nn.Module, bias: Tensor | None) -> None:
+    """Makes the kernels of one KW convolution zero at temperature 0, whatever its cells are.
+
+    All of the attention goes to the zero cell; cells are left alone, for others may share them.
+    The other logits are 0 and have gradients, so that training moves the kernels at once. A later
+    ``init_weights`` of the layer does nothing.
+
+    Args:
+        layer: The convolution; a linear layer is given by its child ``conv``.
+        bias: ``(out,)`` or None.
+
+    Raises:
+        ValueError: If the bias has not the layer's shape, or fc2 of the attention was pruned,
+            wrapped or replaced.
+    """
+    _check_bias(layer, bias)
+    _check_attention(layer)
+    logits = layer.cells.new_zeros(layer.plan.num_mixtures, layer.plan.num_cells + 1)
+    logits[:, -1] = SELECT
+    _set_logits_(layer, logits)
+    if bias is not None:
+        layer.bias.copy_(bias)
+    layer.is_init = True
+
+
 def cut_static(weight: Tensor, plan: LayerPlan) -> Tensor:
     """One row for each mixture of a static kernel, ``(m, c_out * c_in * prod(cell kernel))``."""
     return cut_kernel(weight[None], plan.grid, plan.cell_shape).flatten(4).flatten(0, 3)
@@ -245,9 +271,14 @@ def _check_shapes(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> Tens
     if tuple(weight.shape) not in (shape, shape[:2] if math.prod(shape[2:]) == 1 else shape):
         raise ValueError(f'the static weight of {label} must have the shape {shape}, '
                          f'got {tuple(weight.shape)}')
+    _check_bias(layer, bias)
+    return weight.reshape(shape)
+
+
+def _check_bias(layer: nn.Module, bias: Tensor | None) -> None:
+    spec = layer.plan.spec
     if (bias is None) == spec.bias or (
             bias is not None and tuple(bias.shape) != (spec.out_channels,)):
         expected = f'of shape ({spec.out_channels},)' if spec.bias else 'None'
-        raise ValueError(f'the static bias of {label} must be {expected}, '
+        raise ValueError(f'the static bias of {_label(layer)} must be {expected}, '
                          f'got {bias if bias is None else tuple(bias.shape)}')
-    return weight.reshape(shape)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmcv.cnn import ConvModule
 from torch import nn
+from torch.nn.utils import prune
 
 from kw_mm import KWConv1d, KWConv2d, KWConv3d, KWLinear, WarehouseConfig, set_temperature
 from kw_mm.ops import reference
@@ -159,3 +160,35 @@ def test_default_path_follows_device_dtype_and_autocast():
     half = layer.to(torch.bfloat16)(x.bfloat16())
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize('layer', [KWConv1d(4, 4, 1), KWConv2d(4, 4, 3), KWConv3d(4, 4, 1),
+                                   KWLinear(4, 4)])
+def test_there_is_no_weight_and_who_asks_is_told(layer):
+    # "object has no attribute 'weight'" helped nobody, and what was set had no effect.
+    name = type(layer).__name__
+    assert not hasattr(layer, 'weight')
+    assert getattr(layer, 'weight', None) is None
+    with pytest.raises(AttributeError, match=f'{name} has no weight: it mixes a kernel for each'):
+        layer.weight.data.zero_()
+    for value in (nn.Parameter(torch.zeros(4, 4)), torch.zeros(4, 4), None):
+        with pytest.raises(AttributeError, match=f'{name} has no weight'):
+            layer.weight = value
+    with pytest.raises(AttributeError, match=f'{name} has no weight'):
+        prune.l1_unstructured(layer, 'weight', amount=0.5)
+    with pytest.raises(AttributeError, match=f"'{name}' object has no attribute 'weights'"):
+        layer.weights  # noqa: B018
+    assert layer.bias.shape == (4,)
+
+
+@pytest.mark.parametrize('padding_mode', ['zeros', 'reflect'])
+def test_geometry_that_is_set_later_counts(padding_mode):
+    # Tools that dilate a network set these; paddings that are no zeros stayed what they were.
+    torch.manual_seed(0)
+    static = nn.Conv2d(4, 4, 3, stride=2, padding=1, padding_mode=padding_mode)
+    layer = KWConv2d.from_conv(static)
+    for conv in (static, layer):
+        conv.stride, conv.dilation, conv.padding = (1, 1), (2, 2), (2, 2)
+        conv._reversed_padding_repeated_twice = [2] * 4  # nn.Conv2d's own copy
+    x = torch.randn(2, 4, 7, 6)
+    torch.testing.assert_close(layer(x), static(x), rtol=1e-4, atol=1e-4)
