@@ -289,7 +289,7 @@ def test_children_and_parents_come_before_the_start(tmp_path):
     model.layer1 = Sequential(*model.layer1, init_cfg=ZEROS)
     detector = BaseModule(init_cfg=[*ZEROS[:3], dict(
         type='Constant', val=1, layer='Conv2d',
-        override=dict(type='Constant', name='backbone', val=5))])
+        override=dict(type='Constant', name='backbone', val=0))])
     detector.backbone = model
     detector.neck = nn.Conv2d(2, 2, 1)
     detector.init_weights()
