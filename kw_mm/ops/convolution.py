@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import dispatch
+
 # Bounds of output positions, on a CPU; measured with ResNet50's shapes on 2 cores, see
 # docs/performance.md. Up to the first the kernels outweigh the feature maps by so much that
 # bringing them into a convolution's own order costs more than im2col does.
@@ -55,8 +57,11 @@ def choose_path(x: Tensor, kernel: Tensor, stride: Sequence[int], padding: Seque
     is_pointwise = max(kernel_size) == 1
     is_plain = groups == 1 and not isinstance(padding, str)
     is_product = is_pointwise and is_plain and not any(padding)
-    if _is_recorded():
-        return _pointwise if is_product else _grouped
+    if torch.jit.is_tracing():
+        return _pointwise if is_product else _traced
+    if _is_exporting():
+        # Whether what a stride leaves can be flattened without a copy would depend on the size.
+        return _pointwise if is_product and max(stride) == 1 else _grouped
     num_samples = kernel.shape[0]
     if num_samples == 0:
         return _none
@@ -146,6 +151,25 @@ def _grouped(x: Tensor, kernel: Tensor, bias: Tensor | None, _: bool, stride: Se
     y = _conv(x)(x.reshape(1, -1, *x.shape[2:]), _weight(kernel.flatten(0, 1)), bias, stride,
                  padding, dilation, num_samples * groups)
     return y.view(num_samples, -1, *y.shape[2:])
+
+
+def _traced(x: Tensor, kernel: Tensor, bias: Tensor | None, _: bool, stride: Sequence[int],
+            padding: Sequence[int] | str, dilation: Sequence[int], groups: int) -> Tensor:
+    """``_grouped`` as one operator: a traced graph would keep the example's number of groups."""
+    by_name = isinstance(padding, str)
+    return _convolve_samples(x, kernel, bias, stride, () if by_name else padding,
+                             padding if by_name else None, dilation, groups)
+
+
+def _grouped_samples(x: Tensor, kernel: Tensor, bias: Tensor | None, stride: Sequence[int],
+                     padding: Sequence[int], padding_name: str | None, dilation: Sequence[int],
+                     groups: int) -> Tensor:
+    return _grouped(x, kernel, bias, False, stride, padding_name or padding, dilation, groups)
+
+
+_convolve_samples = dispatch.register_composite(
+    'convolve_samples(Tensor x, Tensor kernel, Tensor? bias, SymInt[] stride, SymInt[] padding, '
+    'str? padding_name, SymInt[] dilation, SymInt groups) -> Tensor', _grouped_samples)
 
 
 def _conv(x: Tensor) -> Callable[..., Tensor]:
