@@ -6,8 +6,10 @@ import copy
 import functools
 import gc
 import logging
+import math
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -15,6 +17,8 @@ from typing import Any
 import mmengine.runner
 import numpy as np
 import torch
+from mmengine.analysis import complexity_analysis
+from mmengine.analysis.jit_handles import generic_activation_jit, get_shape
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.dist import utils as dist_utils
@@ -43,13 +47,15 @@ _ACCELERATOR_BACKENDS = ('nccl', 'cncl', 'hccl', 'mccl')
 
 def apply() -> None:
     """Makes mmengine checkpoints load, and load whole, distributed CPU runs start, initialisers
-    reach KW layers, and mmcv's operators read what they are given; may run again."""
+    reach KW layers, mmcv's operators read what they are given, mmengine count ours; may run
+    again."""
     allow_mmengine_checkpoints()
     let_mmengine_refuse_checkpoints()
     patch_pytorch_launcher()
     let_initialisers_take_kw_layers()
     let_mmcv_ops_take_bfloat16()
     let_mmcv_ops_take_any_strides()
+    let_mmengine_count_operators()
 
 
 def has_accelerator() -> bool:
@@ -420,6 +426,25 @@ def _contiguous(value: Any) -> Any:
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     """What numbers are compared by, NaN with NaN."""
     return tensor.detach().contiguous().flatten().view(torch.uint8)
+
+
+# mmengine counts FLOPs in a traced graph by the names of operators, and passes over those that it
+# does not know.
+
+def let_mmengine_count_operators() -> None:
+    """Tells mmengine what our operators cost, one FLOP for a multiply-add as it has it."""
+    complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.update({
+        'kw_mm::assemble': lambda inputs, _: _product(inputs[0]) * _product(inputs[1], 1),
+        'kw_mm::mix_bases': lambda inputs, _: get_shape(inputs[0])[0] * _product(inputs[2]),
+        'kw_mm::convolve_samples': lambda inputs, outputs: Counter(
+            conv=_product(outputs[0]) * _product(inputs[1], 2))})
+    complexity_analysis._DEFAULT_SUPPORTED_ACT_OPS[
+        'kw_mm::convolve_samples'] = generic_activation_jit('conv')
+
+
+def _product(value: Any, first: int = 0) -> int:
+    """Of the sizes of a tensor in a traced graph, from one dimension on."""
+    return math.prod(get_shape(value)[first:])
 
 
 def _dicts(node: Any) -> Iterator[dict]:

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..layers import Attention, KWConv1d, KWConv2d, KWConv3d, WarehouseManager
+from ..ops import operators
 
 SIZE_DIVISOR = 32  # to which detectors pad their images
 
@@ -178,6 +179,8 @@ class _ZeroProducts(TorchDispatchMode):
     costly = {torch.ops.aten.convolution.default, torch.ops.aten.mm.default,
               torch.ops.aten.addmm.default, torch.ops.aten.bmm.default,
               torch.ops.aten.grid_sampler_2d.default}
+    if operators.ARE_REGISTERED:
+        costly |= {torch.ops.kw_mm.assemble.default, torch.ops.kw_mm.mix_bases.default}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func not in self.costly:

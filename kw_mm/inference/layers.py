@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ..layers import Attention, KWConv1d, KWConv2d, KWConv3d
 from ..layers.conv import convolve
+from ..layers.warehouse import CellUser
 from ..ops import (
     assemble_kernel,
-    basis_logits,
     contract_bases,
     logit_norms,
     mean_positions,
@@ -58,12 +58,13 @@ class OptimizedAttention(nn.Module):
             weight = (weight * scale[:, None]).to(weight.dtype)
         for name, tensor in (('weight', weight), ('bias', bias)):
             self.register_buffer(name, tensor.detach().clone())
-        self.fc2, self.fc3, self.basis_bias = attention.fc2, attention.fc3, attention.basis_bias
-        self.num_mixtures, self.first_cell = attention.num_mixtures, attention.first_cell
-        for name in ('beta', 'tau'):
-            self.register_buffer(name, getattr(attention, name), persistent=False)
+        for name in ('fc2', 'fc3', 'basis_bias', 'num_mixtures', 'first_cell', 'basis_split'):
+            setattr(self, name, getattr(attention, name))
         # Read once, here, where it costs no synchronisation.
-        self.tied = bool(attention.tau)
+        self.tied = attention.is_tied
+        # In the state dict, for nothing else says what they are.
+        for name in ('beta', 'tau') if self.tied else ():
+            self.register_buffer(name, getattr(attention, name))
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         # mmengine would load what fits, new cells beside old bases, and log the rest.
@@ -77,12 +78,7 @@ class OptimizedAttention(nn.Module):
         h = F.linear(mean_positions(x), self.weight, self.bias)
         return F.relu(h if self.norm is None else self.norm(h))
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits ``(N, m, n + 1)`` of hidden vectors."""
-        rows = self.fc2(hidden).unflatten(1, (self.num_mixtures, -1))
-        if self.fc3 is not None:
-            rows = basis_logits(rows, self.fc3.weight, self.basis_bias, self.first_cell)
-        return rows
+    logits = Attention.logits
 
     def forward(self, x: Tensor) -> Tensor:
         """Mixing weights ``(N, m, n)`` of an input ``(N, C, *spatial)``."""
@@ -92,7 +88,7 @@ class OptimizedAttention(nn.Module):
         return (logits[..., :-1] / logit_norms(logits).unsqueeze(-1)).to(logits.dtype)
 
 
-class OptimizedConv(nn.Module):
+class OptimizedConv(CellUser):
     """A KW convolution for inference, of the same output.
 
     Its kernels come from cells, or from bases if it is given them; see ``kw_mm.ops.bases``.
@@ -114,10 +110,7 @@ class OptimizedConv(nn.Module):
         for name in ('num_dims', 'in_channels', 'out_channels', 'kernel_size', 'stride', 'padding',
                      'dilation', 'groups', 'padding_mode', 'pads', 'output_padding', 'plan'):
             setattr(self, name, getattr(conv, name))
-        if 'warehouse_manager' in conv._modules:
-            self.warehouse_manager = conv.warehouse_manager
-        # Past nn.Module's registration, as in KWConv2d.
-        self.__dict__['manager'] = conv.manager
+        self._use_manager(conv.manager, 'warehouse_manager' in conv._modules)
         self.attention = OptimizedAttention(conv.attention)
         dtype = conv.cells.dtype
         bias, scale = conv.bias, None
@@ -151,7 +144,8 @@ class OptimizedConv(nn.Module):
         """
         if mode:
             raise RuntimeError('a layer that was optimized for inference cannot be trained; '
-                               'optimize a copy (copy.deepcopy) of the model and train the model')
+                               'optimize a copy (copy.deepcopy) of the model and train the '
+                               'model; eval() takes back what train() has set already')
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -167,8 +161,8 @@ class OptimizedConv(nn.Module):
         # What kernels come from may be stored in less precision.
         dtype = product_dtype(x)
         if self.bases is None:
-            return assemble_kernel(self.attention(x), self.manager.cells(self.plan.warehouse),
-                                   self.plan.grid, self.kernel_size, self.scale, dtype)
+            return assemble_kernel(self.attention(x), self.cells, self.plan.grid, self.kernel_size,
+                                   self.scale, dtype)
         hidden = self.attention.hidden(x)
         norms = logit_norms(self.attention.logits(hidden))
         return mix_bases(hidden, norms, self.bases, self.plan.grid, self.plan.spec.weight_shape,
@@ -181,8 +175,8 @@ class OptimizedConv(nn.Module):
         hidden[:-1].fill_diagonal_(1)
         logits = self.attention.logits(hidden)[..., :-1]
         bias, weight = logits[-1], logits[:-1] - logits[-1]
-        return contract_bases(weight.permute(1, 2, 0), bias,
-                              self.manager.cells(self.plan.warehouse), self.plan.grid, self.scale)
+        return contract_bases(weight.permute(1, 2, 0), bias, self.cells, self.plan.grid,
+                              self.scale)
 
     def extra_repr(self) -> str:
         return (f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, '

@@ -122,7 +122,7 @@ def optimize_for_inference_(module: nn.Module, memory_budget: int | None = None,
              if conv not in held and not any(map(has_hooks, conv.modules()))}
     norms = find_norms(module, (*KW_CONVS, *STATIC_CONVS))
     with_bases = choose_layers(
-        {name: conv.plan for name, conv in convs.items() if not conv.attention.tau},
+        {name: conv.plan for name, conv in convs.items() if not conv.attention.is_tied},
         {name: (storage_dtype or conv.cells.dtype).itemsize for name, conv in convs.items()},
         budget)
     replacements, layers = {}, []

@@ -67,7 +67,7 @@ class Attention(nn.Module):
             self.basis_bias = nn.Parameter(torch.zeros(m * (n + 1), **factory))
         else:
             self.fc2 = nn.Linear(plan.hidden, m * (n + 1), **factory)
-            self.fc3 = self.basis_bias = None
+            self.basis_split = self.fc3 = self.basis_bias = None
         for part in self.children():
             part.is_part_of_kw_layer = True  # read by kw_mm.compat
         self.assignment = own
@@ -75,6 +75,11 @@ class Attention(nn.Module):
         self.register_buffer('tau', _on_device(None, self.beta.device), persistent=False)
         self._write_beta()
         self.reset_parameters()
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the temperature is not 0, as it is taken to be on the meta device."""
+        return not self.tau.is_meta and bool(self.tau)
 
     def reset_parameters(self) -> None:
         """Draws initial values (method, section 5).
@@ -114,11 +119,15 @@ class Attention(nn.Module):
     def _mixing_weights(self, pooled: Tensor) -> Tensor:
         # Modules are called, never read: quantized, pruned and wrapped ones are more than a weight.
         hidden = F.relu(self.norm1(self.fc1(pooled)))
+        return mixing_weights(self.logits(hidden), self.beta, self.tau)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``(N, m, n + 1)`` of hidden vectors ``(N, hidden)``."""
         logits = self.fc2(hidden).unflatten(1, (self.num_mixtures, -1))
-        if self.fc3 is not None:
-            own, basis, zero = logits.split(self.basis_split, dim=-1)
-            logits = order_logits(own, self.fc3(basis), zero, self.basis_bias, self.first_cell)
-        return mixing_weights(logits, self.beta, self.tau)
+        if self.fc3 is None:
+            return logits
+        own, basis, zero = logits.split(self.basis_split, dim=-1)
+        return order_logits(own, self.fc3(basis), zero, self.basis_bias, self.first_cell)
 
     def _apply(self, fn, recurse: bool = True):
         beta, tau = self.beta, self._buffers.pop('tau')

@@ -16,7 +16,7 @@ from ..plan import ConvSpec, LayerPlan, plan_warehouses
 from .attention import Attention
 from .loading import check_fit
 from .static_start import start_from_static_
-from .warehouse import WarehouseManager
+from .warehouse import CellUser, WarehouseManager
 
 PADDING_MODES = ('zeros', 'reflect', 'replicate', 'circular')
 
@@ -86,7 +86,7 @@ def beside(x: Tensor, cells: Tensor) -> Tensor:
     return x
 
 
-class _KWConvNd(nn.Module):
+class _KWConvNd(CellUser):
     """What the three KW convolutions share.
 
     Derived from ``nn.Module`` and not from torch's convolutions: weight initialisers and
@@ -139,14 +139,14 @@ class _KWConvNd(nn.Module):
         self.padding = self._check_padding(padding)
         spec = ConvSpec(name, in_channels, out_channels, self.kernel_size, groups, bool(bias))
         if manager is None:
-            manager = WarehouseManager(plan_warehouses([spec], kw_cfg), device, dtype)
-            self.warehouse_manager = manager
+            self._use_manager(WarehouseManager(plan_warehouses([spec], kw_cfg), device, dtype),
+                              is_own=True)
         elif kw_cfg is not None:
             raise ValueError('kw_cfg must be None for a layer of shared warehouses, whose manager '
                              f'has settings of its own; got {kw_cfg!r}')
-        # Past nn.Module's registration: the manager's owner is its only parent.
-        self.__dict__['_manager'] = manager
-        self.plan = self._find_plan(manager, spec)
+        else:
+            self._use_manager(manager, is_own=False)
+        self.plan = self._find_plan(self.manager, spec)
         self.attention = Attention(self.plan, device, dtype)
         self.bias = nn.Parameter(
             torch.zeros(out_channels, device=device, dtype=dtype)) if bias else None
@@ -209,11 +209,6 @@ class _KWConvNd(nn.Module):
         return layer
 
     @property
-    def manager(self) -> WarehouseManager:
-        """The owner of its cells."""
-        return self.__dict__['_manager']
-
-    @property
     def pads(self) -> tuple[int, ...]:
         """What ``F.pad`` adds, last dimension first; follows ``padding`` where that is set anew."""
         if not isinstance(self.padding, str):
@@ -221,11 +216,6 @@ class _KWConvNd(nn.Module):
         totals = [d * (k - 1) * (self.padding == 'same')
                   for d, k in zip(self.dilation, self.kernel_size)]
         return tuple(s for t in reversed(totals) for s in (t // 2, t - t // 2))
-
-    @property
-    def cells(self) -> Tensor:
-        """The warehouse's cells, ``(n, c_out, c_in, *k)``: all of them, not only its own."""
-        return self.manager.cells(self.plan.warehouse)
 
     def init_weights(self) -> None:
         """Draws initial values again; OpenMMLab calls it. Shared cells are left to their owner.

@@ -103,7 +103,8 @@ class KWLinear(nn.Module):
         tokens = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
         # Channels-last, which the convolution's output is then too, so that flattening it is free.
         y = self.conv(tokens.transpose(1, 2)).transpose(1, 2)
-        return y.flatten().view(*x.shape[:-1], self.out_features)
+        # In two steps, of which torch.export sees that they serve any number of tokens.
+        return y.flatten().view(-1, self.out_features).view(*x.shape[:-1], self.out_features)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..plan import WarehousePlan
+from ..plan import LayerPlan, WarehousePlan
 from .loading import check_fit
 
 
@@ -62,8 +62,20 @@ class WarehouseManager(nn.Module):
         self.weights.reset_parameters()
 
     def cells(self, index: int) -> Tensor:
-        """The cells of one warehouse, ``(n, c_out, c_in, *k)``."""
-        return self.weights[index]
+        """The cells of one warehouse, ``(n, c_out, c_in, *k)``.
+
+        Raises:
+            RuntimeError: If they are sharded apart from the layers that read them.
+        """
+        cells = self.weights[index]
+        # Wrapped by themselves they are only whole while the wrapper runs, which no layer calls.
+        if not isinstance(self.weights, Cells) or cells.dim() < 3:
+            raise RuntimeError(
+                f'the cells of warehouse {index} are sharded by themselves, so that layers cannot '
+                'read them: keep WarehouseManager together with its layers, as with '
+                'force_leaf_modules={WarehouseManager} of size_based_auto_wrap_policy '
+                '(kw_mm.layers.WarehouseManager)')
+        return cells
 
     def forward(self, x: Any) -> Any:
         """Returns its input: as the last child of an ``nn.Sequential`` it is in nobody's way."""
@@ -82,3 +94,37 @@ class WarehouseManager(nn.Module):
         return '\n'.join(
             f'({i}): {w.num_cells} cells of {tuple(w.cell_shape)}, {len(w.layers)} layers, '
             f'{w.num_mixtures} mixtures' for i, w in enumerate(self.plan.warehouses))
+
+
+class CellUser(nn.Module):
+    """A layer whose kernels are made of a warehouse's cells: its own, or shared ones.
+
+    Shared cells are their manager's; the layer refers to it past nn.Module's registration, so that
+    the manager's owner is its only parent.
+    """
+
+    plan: LayerPlan
+
+    def _use_manager(self, manager: WarehouseManager, is_own: bool) -> None:
+        if is_own:
+            self.warehouse_manager = manager
+        else:
+            self.__dict__['_manager'] = manager
+
+    @property
+    def manager(self) -> WarehouseManager:
+        """The owner of its cells."""
+        return self._modules.get('warehouse_manager') or self.__dict__['_manager']
+
+    @property
+    def cells(self) -> Tensor:
+        """The warehouse's cells, ``(n, c_out, c_in, *k)``: all of them, not only its own.
+
+        Raises:
+            RuntimeError: In one of the copies of ``nn.DataParallel``, whose cells are elsewhere.
+        """
+        if self.__dict__.get('_is_replica') and '_manager' in self.__dict__:
+            raise RuntimeError('nn.DataParallel copies layers apart from the cells that they share '
+                               'and cannot be used here: use DistributedDataParallel, with one '
+                               'process if need be')
+        return self.manager.cells(self.plan.warehouse)

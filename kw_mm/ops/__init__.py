@@ -1,7 +1,6 @@
 """Tensors in, tensors out. ``ops.reference`` holds a slow, literal twin of what computes."""
 from .assembly import assemble_kernel
 from .attention import (
-    basis_logits,
     logit_norms,
     mean_positions,
     mixing_weights,
@@ -14,6 +13,6 @@ from .convolution import dynamic_conv
 from .cuda import use_triton
 from .layout import cut_kernel
 
-__all__ = ['assemble_kernel', 'basis_logits', 'collect_gradients',
+__all__ = ['assemble_kernel', 'collect_gradients',
            'contract_bases', 'cut_kernel', 'dynamic_conv', 'logit_norms', 'mean_positions',
            'mix_bases', 'mixing_weights', 'order_logits', 'use_cpu_products', 'use_triton']

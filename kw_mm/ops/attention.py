@@ -4,7 +4,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .reference import EPS
@@ -35,16 +34,9 @@ def logit_norms(logits: Tensor) -> Tensor:
     return z.abs().sum(-1) + EPS
 
 
-def basis_logits(rows: Tensor, fc3: Tensor, bias: Tensor, first_cell: int) -> Tensor:
-    """Logits through a non-local basis; see ``reference``."""
-    num_basis = fc3.shape[1]
-    own, basis, zero = rows.split((rows.shape[-1] - num_basis - 1, num_basis, 1), dim=-1)
-    return order_logits(own, F.linear(basis, fc3), zero, bias, first_cell)
-
-
 def order_logits(own: Tensor, others: Tensor, zero: Tensor, bias: Tensor,
                  first_cell: int) -> Tensor:
-    """Logits in the order of cells, with their bias: what ``basis_logits`` ends with.
+    """Logits in the order of cells, with their bias: what ``reference.basis_logits`` ends with.
 
     Args:
         own: Of the layer's own cells, ``(N, m, local)``.

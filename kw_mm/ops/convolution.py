@@ -1,14 +1,14 @@
 """One kernel per sample: the convolution itself, and the one place that chooses how."""
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import List  # noqa: UP035  (what torch.jit.script reads)
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import dispatch
 
 # Bounds of output positions, on a CPU; measured with ResNet50's shapes on 2 cores, see
 # docs/performance.md. Up to the first the kernels outweigh the feature maps by so much that
@@ -57,10 +57,11 @@ def choose_path(x: Tensor, kernel: Tensor, stride: Sequence[int], padding: Seque
     is_pointwise = max(kernel_size) == 1
     is_plain = groups == 1 and not isinstance(padding, str)
     is_product = is_pointwise and is_plain and not any(padding)
-    if _is_recorded():
-        # A product of strided maps would have their sizes compared.
-        return _pointwise if is_product and max(stride) == 1 else (
-            _traced if torch.jit.is_tracing() else _grouped)
+    if torch.jit.is_tracing():
+        return _pointwise if is_product else _traced
+    if _is_exporting():
+        # Whether what a stride leaves can be flattened without a copy would depend on the size.
+        return _pointwise if is_product and max(stride) == 1 else _grouped
     num_samples = kernel.shape[0]
     if num_samples == 0:
         return _none
@@ -154,37 +155,21 @@ def _grouped(x: Tensor, kernel: Tensor, bias: Tensor | None, _: bool, stride: Se
 
 def _traced(x: Tensor, kernel: Tensor, bias: Tensor | None, _: bool, stride: Sequence[int],
             padding: Sequence[int] | str, dilation: Sequence[int], groups: int) -> Tensor:
-    """``_grouped`` for ``torch.jit.trace``, which takes a number of groups for a constant."""
-    named = isinstance(padding, str)
-    y = _scripted()(x, kernel, list(stride), [0] * len(stride) if named else list(padding),
-                    padding == 'same', list(dilation), groups)
-    return y if bias is None else y + bias.view(-1, *(1,) * (x.dim() - 2))
+    """``_grouped`` as one operator: a traced graph would keep the example's number of groups."""
+    by_name = isinstance(padding, str)
+    return _convolve_samples(x, kernel, bias, stride, () if by_name else padding,
+                             padding if by_name else None, dilation, groups)
 
 
-@functools.cache
-def _scripted() -> Callable[..., Tensor]:
-    return torch.jit.script(_batch_as_groups)
-
-
-def _batch_as_groups(x: Tensor, kernel: Tensor, stride: List[int],  # noqa: UP006
-                     padding: List[int], same: bool, dilation: List[int],  # noqa: UP006
+def _grouped_samples(x: Tensor, kernel: Tensor, bias: Tensor | None, stride: Sequence[int],
+                     padding: Sequence[int], padding_name: str | None, dilation: Sequence[int],
                      groups: int) -> Tensor:
-    if same:
-        sides: List[int] = []  # noqa: UP006
-        for dim in range(len(dilation) - 1, -1, -1):
-            total = dilation[dim] * (kernel.size(3 + dim) - 1)
-            sides += [total // 2, total - total // 2]
-        x = torch.constant_pad_nd(x, sides)
-    n = kernel.size(0)
-    weight = kernel.reshape(-1).view([-1] + kernel.size()[2:])
-    x = x.reshape([1, -1] + x.size()[2:])
-    if x.dim() == 3:
-        y = torch.conv1d(x, weight, None, stride, padding, dilation, n * groups)
-    elif x.dim() == 4:
-        y = torch.conv2d(x, weight, None, stride, padding, dilation, n * groups)
-    else:
-        y = torch.conv3d(x, weight, None, stride, padding, dilation, n * groups)
-    return y.view([n, -1] + y.size()[2:])
+    return _grouped(x, kernel, bias, False, stride, padding_name or padding, dilation, groups)
+
+
+_convolve_samples = dispatch.register_composite(
+    'convolve_samples(Tensor x, Tensor kernel, Tensor? bias, SymInt[] stride, SymInt[] padding, '
+    'str? padding_name, SymInt[] dilation, SymInt groups) -> Tensor', _grouped_samples)
 
 
 def _conv(x: Tensor) -> Callable[..., Tensor]:

@@ -35,6 +35,24 @@ is_compiling = getattr(torch.compiler, 'is_compiling', None) or torch._dynamo.is
 _library = torch.library.Library('kw_mm', 'DEF') if IS_POSSIBLE else None
 
 
+def register_composite(schema: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Registers an operator ``kw_mm::<name>`` that is made of torch's own, its gradient too.
+
+    Args:
+        schema: Name, arguments without defaults, and result.
+        function: What it computes.
+
+    Returns:
+        A function that calls the operator, or ``function`` where nothing is registered.
+    """
+    if not IS_POSSIBLE:
+        return function
+    name = schema[:schema.index('(')]
+    _library.define(schema, tags=[torch.Tag.pt2_compliant_tag])
+    _library.impl(name, function, 'CompositeImplicitAutograd')
+    return getattr(torch.ops.kw_mm, name).default
+
+
 def register(schema: str, implementations: dict[str, ModuleType], fake: Callable[..., Tensor],
              setup_context: Callable[[Any, tuple], None],
              backward: Callable[..., tuple]) -> Callable[..., Tensor]:

@@ -3,10 +3,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.analysis import FlopAnalyzer, get_model_complexity_info
 from mmengine.config import Config, ConfigDict
+from optimised import bases_everywhere
 from torch import nn
 
-from kw_mm import KWConv2d, KWConvNeXt, KWMobileNetV2, KWResNet
+from kw_mm import (
+    KWConv2d,
+    KWConvNeXt,
+    KWMobileNetV2,
+    KWResNet,
+    optimize_for_inference_,
+)
 from kw_mm.engine.complexity import input_size, measure_config, measure_module
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
@@ -179,3 +187,30 @@ def test_no_size_is_told():
         dict(type='LoadImageFromFile'), dict(type='Resize', scale_factor=2.0)])))
     with pytest.raises(ValueError, match='must have a Resize with a scale'):
         input_size(cfg)
+
+
+@pytest.mark.parametrize('grad', [False, True])
+def test_mmengine_counts_what_kernels_cost(grad):
+    # It passed over the operators, and with gradients on its tracing failed: unordered_map::at.
+    net = nn.Sequential(KWConv2d(16, 16, 3, padding=1), nn.ReLU(), KWConv2d(16, 32, 1)).eval()
+    x = torch.randn(2, 16, 5, 7)
+    # Of each sample, by layer: attention, norm of its hidden units, assembly, convolution. There
+    # are as many cells as mixtures, 9 of 16 x 16 and 1 of 32 x 16.
+    first = 16 * 16 + 16 * 9 * 10 + 2 * 16 + 9 * 9 * 256 + 16 * 16 * 9 * 35
+    second = 16 * 16 + 16 * 1 * 2 + 2 * 16 + 1 * 1 * 32 * 16 + 16 * 32 * 35
+    with torch.set_grad_enabled(grad):
+        info = get_model_complexity_info(net, inputs=(x,), show_table=False, show_arch=False)
+        by_operator = FlopAnalyzer(net, (x,)).unsupported_ops_warnings(False).by_operator()
+    assert info['flops'] == 2 * (first + second)
+    assert by_operator['assemble'] == 2 * (9 * 9 * 256 + 32 * 16)
+
+
+def test_mmengine_counts_bases():
+    net = nn.Sequential(KWConv2d(16, 16, 3, padding=1)).eval()
+    with bases_everywhere():
+        optimize_for_inference_(net)
+    x = torch.randn(2, 16, 5, 7)
+    counts = FlopAnalyzer(net, (x,)).unsupported_ops_warnings(False).by_operator()
+    # 16 hidden units and the bias, each a whole kernel.
+    assert counts['mix_bases'] == 2 * 17 * 16 * 16 * 9
+    assert counts['conv'] == 2 * 16 * 16 * 9 * 35

@@ -86,6 +86,23 @@ def test_state_dict_round_trip(model, kind, x):
     assert error(outputs(twin, x), outputs(original, x)) == 0
 
 
+def test_the_state_dict_holds_all_of_a_temperature(model, x):
+    # beta and tau stood beside it: to_empty left them undefined, and another model kept its own.
+    for module in (model, plain := copy.deepcopy(model)):
+        set_temperature(module, 0.3 if module is model else 0)
+    tied, _ = optimised(model, 0)
+    state = copy.deepcopy(tied.state_dict())
+    expected = outputs(tied, x)
+    tied.to_empty(device='cpu')
+    for tensor in (*tied.parameters(), *tied.buffers()):
+        tensor.data.fill_(float('nan'))
+    tied.load_state_dict(state)
+    assert error(outputs(tied, x), expected) == 0
+    with pytest.raises(ValueError, match='unknown: .*attention.beta'):
+        optimised(plain, 0)[0].load_state_dict(state)
+    assert not any(key.endswith(('beta', 'tau')) for key in optimised(plain, 0)[0].state_dict())
+
+
 @pytest.mark.parametrize('strict', [True, False])
 def test_a_checkpoint_must_be_loaded_before(model, kind, x, strict):
     # mmengine is not strict: new cells would have stood beside old bases.

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import check, geometries, leaf
@@ -61,7 +62,12 @@ def test_basis_logits(batch, m, local, nonlocal_, basis, data):
     torch.manual_seed(0)
     inputs = (leaf(batch, m, local + basis + 1), leaf(nonlocal_, basis),
               leaf(m * (local + nonlocal_ + 1)))
-    check(ops.basis_logits, reference.basis_logits, inputs, data.draw(st.integers(0, nonlocal_)))
+
+    def in_order(rows, fc3, bias, first_cell):
+        own, others, zero = rows.split((local, basis, 1), dim=-1)
+        return ops.order_logits(own, F.linear(others, fc3), zero, bias, first_cell)
+
+    check(in_order, reference.basis_logits, inputs, data.draw(st.integers(0, nonlocal_)))
 
 
 def test_gradcheck():

@@ -168,7 +168,8 @@ class KWMobileNetV2(KWBackbone):
         layers += [InvertedResidual(block, self._block_conv, norm_cfg, act_cfg, drop_path_rate,
                                     with_cp) for block in blocks]
         layers.append(conv_norm_act(last, self._block_conv, norm_cfg, act_cfg))
-        self.features = nn.Sequential(*layers)
+        # No nn.Sequential: that could be called, and wrappers wait for it.
+        self.features = nn.ModuleList(layers)
         self._freeze()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
