@@ -30,6 +30,10 @@ from torch.func import functional_call, grad, vmap
 from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.flop_counter import FlopCounterMode
 
+pytestmark = [pytest.mark.filterwarnings(f'ignore:{message}') for message in (
+    'There is a performance drop because', 'Converting a tensor to a Python',
+    r'`torch.jit.(save|load|trace|trace_method)` is deprecated')]
+
 SINGLE, DOUBLE = 1e-4, 1e-10  # relative errors
 OPTIMISED = 'bases', 'cells'
 
@@ -191,7 +195,6 @@ def called_functionally(s):
     s.check(lambda x: functional_call(other, state, (x,)))
 
 
-@pytest.mark.filterwarnings('ignore:There is a performance drop')
 def transformed(s):
     def loss_of(parameters, x):
         return loss(functional_call(s.net, parameters, (x,)))
