@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytestmark = [pytest.mark.filterwarnings(f'ignore:{message}') for message in (
     'There is a performance drop because', 'Converting a tensor to a Python',
-    r'`torch.jit.(save|load|trace|trace_method)` is deprecated')]
+    r'`torch.jit.(save|load|trace|trace_method|script_method)` is deprecated')]
 
 SINGLE, DOUBLE = 1e-4, 1e-10  # relative errors
 OPTIMISED = 'bases', 'cells'
