@@ -194,8 +194,8 @@ def test_mmengine_counts_what_kernels_cost(grad):
     # It passed over the operators, and with gradients on its tracing failed: unordered_map::at.
     net = nn.Sequential(KWConv2d(16, 16, 3, padding=1), nn.ReLU(), KWConv2d(16, 32, 1)).eval()
     x = torch.randn(2, 16, 5, 7)
-    # Of each sample, by layer: attention, norm of its hidden units, assembly, convolution. There
-    # are as many cells as mixtures, 9 of 16 x 16 and 1 of 32 x 16.
+    # Of a sample, by layer: attention, norm of its hidden units, assembly, convolution. Cells are
+    # as many as mixtures, 9 of 16 x 16 and 1 of 32 x 16.
     first = 16 * 16 + 16 * 9 * 10 + 2 * 16 + 9 * 9 * 256 + 16 * 16 * 9 * 35
     second = 16 * 16 + 16 * 1 * 2 + 2 * 16 + 1 * 1 * 32 * 16 + 16 * 32 * 35
     with torch.set_grad_enabled(grad):
