@@ -29,15 +29,21 @@ SUM_WIDTH = 2**14
 def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Sequence[int],
              scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """See ``operators.assemble``."""
-    cells, alphas = cells.to(dtype), alpha.flatten(0, 1).to(dtype)
+    alphas = alpha.flatten(0, 1)
+    if not alpha.dtype == cells.dtype == dtype:
+        alphas, cells = alphas.to(dtype), cells.to(dtype)
     c_out, c_in = cells.shape[1:3]
     # Whether mixtures one after the other, as a single product has them, are the kernel.
     fits = grid[0] == grid[2] == 1 and scale is None
     rows = c_out if _takes_one_product(cells, alphas.shape[0], fits) else _rows_per_block(cells)
-    blocks = cells.reshape(cells.shape[0], c_out // rows, -1).transpose(0, 1)
+    if rows == c_out:
+        mixtures = alphas @ cells.flatten(1)
+    else:
+        mixtures = _batch_product(
+            alphas, cells.reshape(cells.shape[0], c_out // rows, -1).transpose(0, 1))
     # (blocks, N, S, OG, IG, rows, c_in, k)
-    mixtures = _batch_product(alphas, blocks).view(
-        c_out // rows, alpha.shape[0], *grid, rows, c_in, math.prod(cells.shape[3:]))
+    mixtures = mixtures.view(c_out // rows, alpha.shape[0], *grid, rows, c_in,
+                             math.prod(cells.shape[3:]))
     if scale is not None:
         mixtures = mixtures * scale.to(dtype).view(grid[1], -1, rows).permute(1, 0, 2)[
             :, None, None, :, None, :, None, None]
