@@ -6,6 +6,7 @@ import warnings
 from numbers import Real
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,20 +14,67 @@ from ..ops import mean_positions, mixing_weights, order_logits
 from ..ops.autocast import autocast_dtype
 from ..plan import LayerPlan
 
+# Batches from which a norm that is not trained takes its statistics: at one or two images each
+# they are enough for a mean and a variance, and few beside the warm-up of a training.
+SETTLING_BATCHES = 50
+
 
 class AttentionBatchNorm(nn.BatchNorm1d):
-    """BatchNorm1d that trains with fewer than two samples.
+    """BatchNorm1d that trains with fewer than two samples, and need not keep statistics of nothing.
 
     One sample per channel has no variance. Such a batch, and an empty one, is normalised with
     the running statistics, which it leaves alone.
+
+    In a network whose norms stay in evaluation, a new attention's would have mean 0 and variance
+    1 for ever. ``settle`` has it take them from the batches that come first.
     """
+
+    settling = False
+
+    def settle(self) -> None:
+        """Sets evaluation mode; statistics that were never computed follow the next batches.
+
+        They become those of all samples of ``SETTLING_BATCHES`` batches (of all processes), which
+        ``num_batches_tracked`` counts, and stay. Until then each batch is normalised with what is
+        known so far. Ends with the next call of ``train`` or ``eval``.
+        """
+        self.eval()
+        if not self.running_mean.is_meta:
+            count = int(self.num_batches_tracked)
+            is_new = not self.running_mean.any() and bool((self.running_var == 1).all())
+            self.settling = is_new if count == 0 else count < SETTLING_BATCHES
+
+    def train(self, mode: bool = True) -> AttentionBatchNorm:
+        """Sets the mode; statistics no longer settle."""
+        self.settling = False
+        return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises ``(N, hidden)``."""
-        if self.training and len(x) < 2:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
-                                training=False, eps=self.eps)
-        return super().forward(x)
+        if not self.settling and (not self.training or len(x) > 1):
+            return super().forward(x)
+        mean, var = self._follow(x) if self.settling else (self.running_mean, self.running_var)
+        return F.batch_norm(x, mean, var, self.weight, self.bias, training=False, eps=self.eps)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _follow(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The statistics with one more batch; copies, for a graph holds on to them."""
+        x = x.double()
+        sums = torch.cat((x.new_tensor([len(x)]), x.sum(0), x.square().sum(0)))
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sums)
+        if sums[0]:
+            seen = int(self.num_batches_tracked)
+            mean, var = self.running_mean.double(), self.running_var.double()
+            # Of moments, which a batch of one sample has, too. The first replaces 0 and 1.
+            moments = torch.stack((mean, var + mean.square()))
+            moments += (sums[1:].view(2, -1) / sums[0] - moments) / (seen + 1)
+            self.running_mean.copy_(moments[0])
+            self.running_var.copy_((moments[1] - moments[0].square()).clamp(min=0))
+            self.num_batches_tracked += 1
+            self.settling = seen + 1 < SETTLING_BATCHES
+        return self.running_mean.clone(), self.running_var.clone()
 
 
 class Attention(nn.Module):

@@ -6,6 +6,7 @@ from torch import nn
 
 from kw_mm import ConvSpec, KWConv2d, KWLinear, plan_warehouses, set_temperature
 from kw_mm.layers import Attention
+from kw_mm.layers.attention import AttentionBatchNorm
 
 
 def attention(batch_norm=True, **kw_cfg):
@@ -90,3 +91,65 @@ class TestTemperature:
     def test_errors(self, tau, error):
         with pytest.raises(error, match=rf'tau must be a number in \[0, 1\], got {tau!r}'):
             set_temperature(self.net(), tau)
+
+
+class TestSettling:
+    def norm(self):
+        return AttentionBatchNorm(5).double()
+
+    @pytest.mark.parametrize('batch', [1, 2, 3])
+    def test_statistics_become_those_of_the_first_batches(self, batch, monkeypatch):
+        monkeypatch.setattr('kw_mm.layers.attention.SETTLING_BATCHES', 4)
+        norm = self.norm()
+        norm.settle()
+        x = 3 + 0.1 * torch.randn(7, batch, 5, dtype=torch.float64)
+        for i in range(4):
+            seen = x[:i + 1].flatten(0, 1)
+            scale = (seen.var(0, correction=0) + norm.eps).sqrt()
+            torch.testing.assert_close(norm(x[i]), (x[i] - seen.mean(0)) / scale)
+        before = copy.deepcopy(norm.state_dict())
+        assert before['num_batches_tracked'] == 4
+        for i in range(4, 7):
+            torch.testing.assert_close(norm(x[i]), (x[i] - seen.mean(0)) / scale)
+        assert all(torch.equal(norm.state_dict()[key], value) for key, value in before.items())
+
+    def test_evaluation_ends_it_and_a_checkpoint_goes_on(self):
+        norm = self.norm()
+        x = torch.randn(2, 4, 5).double()
+        norm.settle()
+        norm(x[0])
+        norm.eval()
+        norm(x[1])
+        assert norm.num_batches_tracked == 1
+        other = self.norm()
+        other.load_state_dict(norm.state_dict())
+        for module in (norm, other):
+            module.settle()
+            module(x[1])
+        torch.testing.assert_close(other.running_var, x.flatten(0, 1).var(0, correction=0))
+        assert torch.equal(norm.running_var, other.running_var)
+
+    def test_what_was_trained_stays(self):
+        # With a counter, and without one, as old checkpoints are.
+        for trained in (dict(num_batches_tracked=torch.tensor(1000)),
+                        dict(running_mean=torch.ones(5))):
+            norm = self.norm()
+            norm.load_state_dict(trained, strict=False)
+            before = copy.deepcopy(norm.state_dict())
+            norm.settle()
+            norm(torch.randn(4, 5).double())
+            assert all(torch.equal(norm.state_dict()[k], v) for k, v in before.items())
+
+    def test_an_empty_batch_says_nothing(self):
+        norm = self.norm()
+        norm.settle()
+        assert norm(torch.zeros(0, 5).double()).shape == (0, 5)
+        assert norm.num_batches_tracked == 0 and norm.settling
+
+    def test_passes_before_a_backward_pass_do_not_disturb_each_other(self):
+        # Statistics that change in place are an error for graphs that hold them.
+        norm = self.norm()
+        norm.settle()
+        x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+        (norm(x[0]).sum() + norm(x[1]).sum()).backward()
+        assert x.grad.isfinite().all()

@@ -1,4 +1,5 @@
 """KWResNet: placement of its warehouses, and as mmdet uses it."""
+import copy
 
 import pytest
 import torch
@@ -84,6 +85,43 @@ def test_frozen_stages_and_train_mode(small):
     assert not any(m.training for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     assert not any(m.norm1.training for m in model.modules() if isinstance(m, Attention))
     assert all(p.requires_grad for p in KWResNet(18, base_channels=4).parameters())
+
+
+def test_norms_of_new_attentions_settle_where_norms_stay_in_evaluation(monkeypatch):
+    # With norm_eval they had mean 0 and variance 1 for ever: a third of the hidden units was 0 for
+    # every image, or for none.
+    monkeypatch.setattr('kw_mm.layers.attention.SETTLING_BATCHES', 3)
+    torch.manual_seed(0)
+    model = KWResNet(18, base_channels=8, frozen_stages=1, norm_eval=True).train()
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm1d)}
+    images = torch.randn(4, 2, 3, 40, 40) * torch.rand(4, 2, 1, 1, 1)
+    before = {name: copy.deepcopy(norm.state_dict()) for name, norm in norms.items()}
+    model.eval()(images[0])
+    model.train()
+    for batch in images[:3]:
+        model(batch)
+    assert not any(norm.training for norm in norms.values())
+    for name, norm in norms.items():
+        seen = norm.num_batches_tracked.item()
+        assert seen == (0 if name.startswith('layer1') else 3), name
+        if not seen:
+            assert norm.running_mean.eq(before[name]['running_mean']).all()
+    settled = copy.deepcopy(model.state_dict())
+    model.train()(images[3])
+    other = KWResNet(18, base_channels=8, frozen_stages=1, norm_eval=True)
+    other.load_state_dict(settled)
+    other.train()(images[3])
+    for network in (model, other):
+        assert all(torch.equal(network.state_dict()[key], value)
+                   for key, value in settled.items())
+    hidden = []
+    for norm in (norms['layer2.0.conv1.attention.norm1'], norms['layer4.1.conv2.attention.norm1']):
+        norm.register_forward_hook(lambda module, args, out: hidden.append(out))
+        for batch in images[:3]:
+            model.eval()(batch)
+        # The second was still fed by others that were settling.
+        assert 0.3 < torch.cat(hidden).std(0).mean() < 3
+        hidden.clear()
 
 
 def test_zero_init_residual_starts_as_the_shortcuts():

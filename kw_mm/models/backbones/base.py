@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...config import WarehouseConfig
 from ...layers import KWConv2d, WarehouseManager
+from ...layers.attention import AttentionBatchNorm
 from ...layers.loading import check_fit
 from ...plan import ConvSpec, WarehousePlan, plan_warehouses
 
@@ -39,8 +40,9 @@ class KWBackbone(BaseModule):
             convolution at every path of ``specs``.
         frozen_stages: Stages up to this one are frozen, -1 for none.
         freeze_cells: Whether cells that a frozen layer draws on are frozen too.
-        norm_eval: Whether batch norms, the attentions' included, keep to their running statistics
-            in training.
+        norm_eval: Whether batch norms keep to their running statistics in training. So do those
+            of attentions; where they have none yet, as after a static start, they take them from
+            the first batches (see ``AttentionBatchNorm.settle``).
         init_cfg: How mmengine initialises weights; None for the initial values of the method.
 
     Raises:
@@ -150,12 +152,14 @@ class KWBackbone(BaseModule):
         """Sets train mode; frozen stages, and with ``norm_eval`` all batch norms, stay out."""
         super().train(mode)
         if mode:
-            for module in self._frozen_modules():
-                module.eval()
             if self.norm_eval:
                 for module in self.modules():
-                    if isinstance(module, _BatchNorm):
+                    if isinstance(module, AttentionBatchNorm):
+                        module.settle()
+                    elif isinstance(module, _BatchNorm):
                         module.eval()
+            for module in self._frozen_modules():
+                module.eval()
         return self
 
 
