@@ -8,9 +8,6 @@ from torch import nn
 from kw_mm import ConvSpec, KWConv1d, KWConv2d, KWLinear, plan_warehouses
 from kw_mm.layers import Attention
 
-SCALE = 65536.  # with which torch's GradScaler begins
-
-
 def grads(module, x, weights, dtype=None):
     """Gradients of a linear form, in float64, of the parameters and the input."""
     module.zero_grad()
@@ -42,7 +39,7 @@ def test_gradients_of_the_attention(norm, dtype, kw_cfg):
                            dict(attn_norm=norm, **kw_cfg))
     attention = Attention(plan.layers['b'])
     x = torch.rand(1, 16, 5, 5) + 0.02 * torch.randn(2, 16, 1, 1)
-    weights = SCALE * torch.randn(2, 9, plan.layers['b'].num_cells)
+    weights = 2048. * torch.randn(2, 9, plan.layers['b'].num_cells)
     # What is handed on to the input has the input's precision.
     check(attention, x, weights, dtype, 4 * torch.finfo(dtype).eps)
 
@@ -55,7 +52,7 @@ def test_gradients_of_mixing_weights_beyond_float16(norm, batch):
     torch.manual_seed(0)
     layer = KWConv2d(64, 64, 3, padding=1, bias=False, kw_cfg=dict(attn_norm=norm)).train()
     nn.init.uniform_(layer.warehouse_manager.weights[0], 0.05, 0.15)
-    x = torch.rand(batch, 64, 6, 6)
+    x = torch.rand(batch, 64, 6, 6) * torch.rand(batch, 64, 1, 1)
     alpha_grads = []
 
     def watch(module, args, alpha):
