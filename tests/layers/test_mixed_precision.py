@@ -8,9 +8,6 @@ from torch import nn
 from kw_mm import ConvSpec, KWConv1d, KWConv2d, KWLinear, plan_warehouses
 from kw_mm.layers import Attention
 
-SCALE = 65536.  # with which torch's GradScaler begins
-
-
 def grads(module, x, weights, dtype=None):
     """Gradients of a linear form, in float64, of the parameters and the input."""
     module.zero_grad()
