@@ -59,8 +59,11 @@ def small(cfg):
                 node[key] = 1
             elif key == 'score_thr':
                 node[key] = 0
-            elif key == 'max_per_img' and value < 1000:
-                node[key] = 20
+            elif key == 'max_per_img':
+                # Proposals all, for which of two equal ones is left out is chance.
+                node[key] = 20 if value < 1000 else 10_000
+            elif key == 'sampler':
+                value.num = 10_000
     if model.type == 'DINO':
         model.num_queries = 20
         model.encoder.num_layers = model.decoder.num_layers = 2
@@ -171,7 +174,9 @@ def assert_same(found, expected, context):
         return
     assert len(found) == len(expected) > 0, context
     for box, label, score in zip(found.bboxes, found.labels, found.scores):
-        # Equal scores may come in any order.
+        # Equal scores may come in any order, and which of them are the last that are kept is chance.
+        if score - expected.scores.min() < 5e-6:
+            continue
         alike = (expected.labels == label) & ((expected.scores - score).abs() < 1e-4) & (
             (expected.bboxes - box).abs().amax(1) < 1e-4 * max(SHAPE))
         assert alike.any(), context
