@@ -8,6 +8,7 @@ from torch import nn
 from kw_mm import ConvSpec, KWConv1d, KWConv2d, KWLinear, plan_warehouses
 from kw_mm.layers import Attention
 
+
 def grads(module, x, weights, dtype=None):
     """Gradients of a linear form, in float64, of the parameters and the input."""
     module.zero_grad()
