@@ -174,7 +174,7 @@ def assert_same(found, expected, context):
         return
     assert len(found) == len(expected) > 0, context
     for box, label, score in zip(found.bboxes, found.labels, found.scores):
-        # Equal scores may come in any order, and which of them are the last that are kept is chance.
+        # Equal scores may come in any order, and which of them are kept last is chance.
         if score - expected.scores.min() < 5e-6:
             continue
         alike = (expected.labels == label) & ((expected.scores - score).abs() < 1e-4) & (

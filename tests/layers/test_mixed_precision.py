@@ -40,7 +40,8 @@ def test_gradients_of_the_attention(norm, dtype, kw_cfg):
                            dict(attn_norm=norm, **kw_cfg))
     attention = Attention(plan.layers['b'])
     x = torch.rand(1, 16, 5, 5) + 0.1 * torch.randn(2, 16, 1, 1)
-    weights = SCALE * torch.randn(2, 9, plan.layers['b'].num_cells)
+    # A loss scale with which torch's GradScaler begins.
+    weights = 65_536. * torch.randn(2, 9, plan.layers['b'].num_cells)
     # What is handed on to the input has the input's precision.
     check(attention, x, weights, dtype, 4 * torch.finfo(dtype).eps)
 
