@@ -1,8 +1,8 @@
 """How a function becomes an operator of PyTorch's dispatcher, with a gradient of its own.
 
-``torch.library.register_autograd`` would do, but function transforms (``torch.func``) refuse what it
-registers, and a training call through it takes about twice as long. What is used here instead of
-it has no public name. Where torch lacks any of it, nothing is registered.
+``torch.library.register_autograd`` would do, but function transforms (``torch.func``) refuse what
+it registers, and a training call through it takes about twice as long. What is used here instead
+has no public name. Where torch lacks any of it, nothing is registered.
 """
 from __future__ import annotations
 
