@@ -51,7 +51,7 @@ class AttentionBatchNorm(nn.BatchNorm1d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises ``(N, hidden)``."""
-        if not self.settling and (not self.training or len(x) > 1):
+        if self.training and len(x) > 1:
             return super().forward(x)
         mean, var = self._follow(x) if self.settling else (self.running_mean, self.running_var)
         return F.batch_norm(x, mean, var, self.weight, self.bias, training=False, eps=self.eps)
@@ -171,7 +171,8 @@ class Attention(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits ``(N, m, n + 1)`` of hidden vectors ``(N, hidden)``."""
-        logits = self.fc2(hidden).unflatten(1, (self.num_mixtures, -1))
+        rows = self.fc2(hidden)
+        logits = rows.view(rows.shape[0], self.num_mixtures, rows.shape[1] // self.num_mixtures)
         if self.fc3 is None:
             return logits
         own, basis, zero = logits.split(self.basis_split, dim=-1)

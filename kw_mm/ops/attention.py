@@ -24,7 +24,7 @@ def mean_positions(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def mixing_weights(logits: Tensor, beta: Tensor, tau: Tensor) -> Tensor:
     """L1-normalises logits and pulls them towards the assignment; see ``reference``."""
     alpha = logits[..., :-1] / logit_norms(logits).unsqueeze(-1)
-    return ((1 - tau) * alpha + tau * beta).to(logits.dtype)
+    return torch.lerp(alpha, beta.to(alpha.dtype), tau.to(alpha.dtype)).to(logits.dtype)
 
 
 def logit_norms(logits: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ def _product(kernel: Tensor, columns: Tensor, bias: Tensor | None, channels_last
     # With fewer positions than inputs it is cheaper to copy the output.
     swap = channels_last and (
         not kernel.requires_grad or _is_recorded() or columns.shape[2] >= columns.shape[1])
-    y = columns.transpose(1, 2) @ kernel.transpose(1, 2) if swap else kernel @ columns
+    y = torch.bmm(*((columns.mT, kernel.mT) if swap else (kernel, columns)))
     if bias is not None:
         # Before anything is a view of it, which would have the gradient copied. Under autocast it
         # is in half precision.
