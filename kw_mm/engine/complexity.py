@@ -119,10 +119,13 @@ def _complexity(module: nn.Module, part: str,
 
 def _attention_flops(layer: nn.Module) -> int:
     """Of one sample."""
-    attention = layer.attention
-    through_basis = 0 if attention.fc3 is None else (
-        layer.plan.num_mixtures * attention.fc3.weight.numel())
-    return attention.fc1.weight.numel() + attention.fc2.weight.numel() + through_basis
+    plan, num_cells = layer.plan, layer.plan.num_cells
+    columns, through_basis = num_cells + 1, 0
+    if plan.num_basis:
+        own = plan.assignment.num_cells
+        columns = own + plan.num_basis + 1
+        through_basis = plan.num_mixtures * plan.num_basis * (num_cells - own)
+    return plan.hidden * (plan.spec.in_channels + plan.num_mixtures * columns) + through_basis
 
 
 def _num_parameters(modules: Iterable[nn.Module]) -> int:

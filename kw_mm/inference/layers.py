@@ -43,7 +43,7 @@ class OptimizedAttention(nn.Module):
     """The attention up to its logits, batch norm folded into the first layer.
 
     Args:
-        attention: The attention it computes.
+        attention: The attention it computes. Its linear layers are plain ones (``is_plain``).
     """
 
     def __init__(self, attention: Attention) -> None:
@@ -170,8 +170,7 @@ class OptimizedConv(CellUser):
 
     @torch.no_grad()
     def _contract(self) -> Tensor:
-        hidden = self.attention.fc2.weight.new_zeros(
-            self.plan.hidden + 1, self.plan.hidden)
+        hidden = self.attention.weight.new_zeros(self.plan.hidden + 1, self.plan.hidden)
         hidden[:-1].fill_diagonal_(1)
         logits = self.attention.logits(hidden)[..., :-1]
         bias, weight = logits[-1], logits[:-1] - logits[-1]

@@ -49,7 +49,7 @@ class OptimizationReport:
         layers: The KW layers.
         num_folded: Batch norms folded into the convolution before them, static ones included.
         skipped: Names of KW layers left as they are, for they are also held beside the module
-            tree or have forward hooks.
+            tree, have forward hooks, or have an attention that was pruned, quantized or wrapped.
     """
 
     layers: tuple[OptimizedLayer, ...]
@@ -68,7 +68,7 @@ class OptimizationReport:
         lines = [format_table(('layer', 'cells', 'bases', 'MiB', 'norm'), rows, right=(1, 2, 3)),
                  f'{self.num_bytes / 2**20:,.1f} MiB in bases, {self.num_folded} norms folded']
         if self.skipped:
-            lines.append('left as they are, hooked or referred to elsewhere: '
+            lines.append('left as they are, hooked, wrapped or referred to elsewhere: '
                          + ', '.join(self.skipped))
         return '\n'.join(lines)
 
@@ -119,7 +119,8 @@ def optimize_for_inference_(module: nn.Module, memory_budget: int | None = None,
     module.eval()
     held = hidden_references(module)
     convs = {name: conv for name, conv in found.items()
-             if conv not in held and not any(map(has_hooks, conv.modules()))}
+             if conv not in held and conv.attention.is_plain
+             and not any(map(has_hooks, conv.modules()))}
     norms = find_norms(module, (*KW_CONVS, *STATIC_CONVS))
     with_bases = choose_layers(
         {name: conv.plan for name, conv in convs.items() if not conv.attention.is_tied},

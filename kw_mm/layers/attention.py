@@ -53,7 +53,8 @@ class AttentionBatchNorm(nn.BatchNorm1d):
         """Normalises ``(N, hidden)``."""
         if self.training and len(x) > 1:
             return super().forward(x)
-        mean, var = self._follow(x) if self.settling else (self.running_mean, self.running_var)
+        follows = self.settling and not _is_recomputed()
+        mean, var = self._follow(x) if follows else (self.running_mean, self.running_var)
         return F.batch_norm(x, mean, var, self.weight, self.bias, training=False, eps=self.eps)
 
     @torch.compiler.disable
@@ -123,6 +124,11 @@ class Attention(nn.Module):
         self.register_buffer('tau', _on_device(None, self.beta.device), persistent=False)
         self._write_beta()
         self.reset_parameters()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its linear layers are what they were built as (see ``is_plain``)."""
+        return all(layer is None or is_plain(layer) for layer in (self.fc1, self.fc2, self.fc3))
 
     @property
     def is_tied(self) -> bool:
@@ -212,6 +218,13 @@ class Attention(nn.Module):
         beta = torch.zeros(self.beta.shape, device='cpu')
         beta[tuple(torch.tensor(ties, device='cpu', dtype=torch.long).view(-1, 2).T)] = 1
         self.beta.copy_(beta)
+
+
+def _is_recomputed() -> bool:
+    """Whether this is activation checkpointing, which runs forward passes again in the backward
+    pass."""
+    # Without a public name. Where torch lacks it, such batches are counted twice.
+    return getattr(torch._C, '_current_graph_task_id', lambda: -1)() >= 0
 
 
 def _on_device(tau: Tensor | None, device: torch.device) -> Tensor:

@@ -54,23 +54,6 @@ def mixing_weights(logits: Tensor, beta: Tensor, tau: Tensor) -> Tensor:
     return torch.stack(samples).to(logits.dtype)
 
 
-def mix(hidden: Tensor, weight: Tensor, bias: Tensor, beta: Tensor, tau: Tensor) -> Tensor:
-    """Mixing weights of ``z = W h + b`` (method, section 3).
-
-    Args:
-        hidden: h, ``(N, hidden)``.
-        weight: W, ``(m * (n + 1), hidden)``.
-        bias: b, ``(m * (n + 1),)``.
-        beta: The initial assignment, ``(m, n)``; see ``mixing_weights``.
-        tau: Temperature in [0, 1], 0-dimensional.
-
-    Returns:
-        alpha, ``(N, m, n)``.
-    """
-    logits = (hidden[:, None] * weight).sum(-1) + bias
-    return mixing_weights(logits.view(len(hidden), len(beta), -1), beta, tau)
-
-
 def logit_norms(logits: Tensor) -> Tensor:
     """``sum_p |z_ip| + 1e-3`` of logits ``(N, m, n + 1)``: ``(N, m)`` (method, section 3)."""
     return sum(logits[..., p].abs() for p in range(logits.shape[-1])) + EPS

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from kw_mm import ConvSpec, KWConv2d, KWLinear, plan_warehouses, set_temperature
 from kw_mm.layers import Attention
@@ -153,3 +154,31 @@ class TestSettling:
         x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
         (norm(x[0]).sum() + norm(x[1]).sum()).backward()
         assert x.grad.isfinite().all()
+
+    @pytest.mark.parametrize('use_reentrant', [True, False])
+    def test_activation_checkpointing_counts_a_batch_once(self, use_reentrant):
+        norm = self.norm()
+        other = copy.deepcopy(norm)
+        inputs = torch.randn(3, 4, 5, dtype=torch.float64)
+        grads = []
+        for module in (norm, other):
+            module.settle()
+            for x in inputs:
+                x = x.clone().requires_grad_()
+                y = module(x) if module is norm else checkpoint(
+                    module, x, use_reentrant=use_reentrant)
+                y.square().sum().backward()
+                grads.append(x.grad)
+        assert norm.num_batches_tracked == other.num_batches_tracked == 3
+        assert torch.equal(norm.running_var, other.running_var)
+        assert all(torch.equal(a, b) for a, b in zip(grads[:3], grads[3:]))
+
+    def test_compiled_code_follows_too(self):
+        norm = self.norm()
+        other = copy.deepcopy(norm)
+        compiled = torch.compile(other, backend='eager')
+        for module in (norm, other):
+            module.settle()
+        for x in torch.randn(3, 4, 5, dtype=torch.float64):
+            torch.testing.assert_close(compiled(x), norm(x))
+        assert other.num_batches_tracked == 3

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
-from kw_mm import ConvSpec, KWConv2d, plan_warehouses
+from kw_mm import ConvSpec, KWConv2d, optimize_for_inference_, plan_warehouses
 from kw_mm.layers import WarehouseManager, start_from_static_
 
 CASES = dict(plain=dict(), basis=dict(nonlocal_basis_ratio=0.5))
@@ -212,3 +212,23 @@ def test_initial_values_are_drawn_for_what_is_plain_and_the_rest_says_so(case, w
     after = attention.state_dict()
     assert not torch.equal(after['fc1.weight'], before['fc1.weight'])
     assert all(torch.equal(after[key], before[key]) for key in before if key.startswith('fc2.'))
+
+
+@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('norm', ['LN', 'BN1d'])
+@pytest.mark.parametrize('wrap', [
+    lambda layer: Lora(layer),
+    lambda layer: prune.l1_unstructured(layer, 'weight', amount=0.5),
+    lambda layer: parametrizations.spectral_norm(layer),
+    lambda layer: parametrize.register_parametrization(layer, 'weight', Doubled())])
+def test_wrapped_attentions_are_left_as_they_are_by_the_optimisation(case, norm, wrap, x):
+    # An adapter has no weight that could be folded, and what is folded of others is a copy.
+    for name in NAMES[case]:
+        layers = make_layers(case, norm).eval()
+        attention = layers[1].attention
+        setattr(attention, name, wrap(getattr(attention, name)))
+        before = forward(layers, x)
+        report = optimize_for_inference_(layers)
+        assert (report.skipped, [layer.name for layer in report.layers]) == (('1',), ['2'])
+        for y, expected in zip(forward(layers, x), before):
+            torch.testing.assert_close(y, expected)
