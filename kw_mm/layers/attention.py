@@ -57,7 +57,6 @@ class AttentionBatchNorm(nn.BatchNorm1d):
         mean, var = self._follow(x) if follows else (self.running_mean, self.running_var)
         return F.batch_norm(x, mean, var, self.weight, self.bias, training=False, eps=self.eps)
 
-    @torch.compiler.disable
     @torch.no_grad()
     def _follow(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The statistics with one more batch; copies, for a graph holds on to them."""
