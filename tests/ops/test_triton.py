@@ -60,6 +60,8 @@ import kw_mm
 from kw_mm.ops.triton_support import is_usable
 assert not is_usable(torch.zeros(1))
 kw_mm.KWConv2d(4, 4, 3)(torch.zeros(2, 4, 5, 5))
+# The compiler is as much to import as all the rest together.
+assert 'torch._dynamo' not in sys.modules
 """], tmp_path, interpret=False)
 
 
