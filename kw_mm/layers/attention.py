@@ -14,13 +14,13 @@ from ..ops import mean_positions, mixing_weights, order_logits
 from ..ops.autocast import autocast_dtype
 from ..plan import LayerPlan
 
-# Batches from which a norm that is not trained takes its statistics: at one or two images each
-# they are enough for a mean and a variance, and few beside the warm-up of a training.
+# A norm that is not trained takes its statistics from so many batches. With one or two images each,
+# that is enough for a mean and a variance, and short beside the warm-up of a training.
 SETTLING_BATCHES = 50
 
 
 class AttentionBatchNorm(nn.BatchNorm1d):
-    """BatchNorm1d that trains with fewer than two samples, and need not keep statistics of nothing.
+    """BatchNorm1d that trains with any number of samples, and can settle its statistics.
 
     One sample per channel has no variance. Such a batch, and an empty one, is normalised with
     the running statistics, which it leaves alone.
@@ -59,7 +59,7 @@ class AttentionBatchNorm(nn.BatchNorm1d):
 
     @torch.no_grad()
     def _follow(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The statistics with one more batch; copies, for a graph holds on to them."""
+        """Adds a batch to the statistics. Returns copies, because graphs hold on to them."""
         x = x.double()
         sums = torch.cat((x.new_tensor([len(x)]), x.sum(0), x.square().sum(0)))
         if dist.is_available() and dist.is_initialized():
@@ -67,7 +67,8 @@ class AttentionBatchNorm(nn.BatchNorm1d):
         if sums[0]:
             seen = int(self.num_batches_tracked)
             mean, var = self.running_mean.double(), self.running_var.double()
-            # Of moments, which a batch of one sample has, too. The first replaces 0 and 1.
+            # Moments are averaged, because a single sample has moments but no variance. The first
+            # batch replaces mean 0 and variance 1.
             moments = torch.stack((mean, var + mean.square()))
             moments += (sums[1:].view(2, -1) / sums[0] - moments) / (seen + 1)
             self.running_mean.copy_(moments[0])
@@ -148,7 +149,7 @@ class Attention(nn.Module):
                               f'nn.Linear that it was built as, but wrapped, pruned or replaced, '
                               f'{layer}', stacklevel=2)
                 continue
-            if layer.weight.is_meta:  # there is nothing to draw, and torch takes long about it
+            if layer.weight.is_meta:  # nothing to draw, and torch would take long to do so
                 continue
             nn.init.kaiming_normal_(layer.weight, mode='fan_out', nonlinearity='relu')
             if layer.bias is not None:
@@ -170,7 +171,7 @@ class Attention(nn.Module):
             return self._mixing_weights(mean_positions(x, self.beta.dtype))
 
     def _mixing_weights(self, pooled: Tensor) -> Tensor:
-        # Modules are called, never read: quantized, pruned and wrapped ones are more than a weight.
+        # Call modules, never read their weights: they may be quantized, pruned or wrapped.
         hidden = F.relu(self.norm1(self.fc1(pooled)))
         return mixing_weights(self.logits(hidden), self.beta, self.tau)
 
@@ -190,7 +191,7 @@ class Attention(nn.Module):
             moved = tau if self.beta.device.type == 'mps' else fn(tau)
         finally:
             self._buffers['tau'] = tau
-        # A function that gives new memory, as to_empty does, may leave anything in it.
+        # New memory, as from to_empty, may contain anything.
         if self.beta is not beta:
             self._write_beta()
         if moved is not tau or moved.device.type != self.beta.device.type:
@@ -200,7 +201,7 @@ class Attention(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if local_metadata.get('assign_to_params_buffers'):
-            # The tensors of the state dict take the place of ours, on whatever device they are.
+            # The tensors of the state dict replace ours, and may be on another device.
             new = next((value for key, value in state_dict.items() if key.startswith(prefix)
                         and isinstance(value, Tensor) and value.is_floating_point()), self.beta)
             if (new.device, new.dtype) != (self.beta.device, self.beta.dtype):
@@ -213,16 +214,15 @@ class Attention(nn.Module):
         if self.beta.is_meta:
             return
         ties = [(row, cell) for row, cell in enumerate(self.assignment.columns) if cell is not None]
-        # On the CPU whatever the default device is.
+        # On the CPU, even if another device is the default.
         beta = torch.zeros(self.beta.shape, device='cpu')
         beta[tuple(torch.tensor(ties, device='cpu', dtype=torch.long).view(-1, 2).T)] = 1
         self.beta.copy_(beta)
 
 
 def _is_recomputed() -> bool:
-    """Whether this is activation checkpointing, which runs forward passes again in the backward
-    pass."""
-    # Without a public name. Where torch lacks it, such batches are counted twice.
+    """Whether a forward pass runs inside of a backward pass, repeated by checkpointing."""
+    # Not public. Where torch lacks it, such batches are counted twice.
     return getattr(torch._C, '_current_graph_task_id', lambda: -1)() >= 0
 
 

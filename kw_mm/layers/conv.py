@@ -82,7 +82,7 @@ def record_call(layer: nn.Module, x: torch.fx.Proxy) -> torch.fx.Proxy:
 
 
 def beside(x: Tensor, cells: Tensor) -> Tensor:
-    """``x``; that cells are used next is all that this says, in a ``torch.fx`` graph."""
+    """``x``. In a ``torch.fx`` graph it tells that cells are used next."""
     return x
 
 
@@ -152,7 +152,7 @@ class _KWConvNd(CellUser):
             torch.zeros(out_channels, device=device, dtype=dtype)) if bias else None
 
     def __getattr__(self, name: str) -> Any:
-        # hasattr(layer, 'weight') stays False, as what reads or sets weights has to know.
+        # AttributeError, so that hasattr(layer, 'weight') stays False.
         if name == 'weight':
             raise AttributeError(NO_WEIGHT.format(type(self).__name__))
         return super().__getattr__(name)

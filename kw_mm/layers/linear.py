@@ -101,9 +101,9 @@ class KWLinear(nn.Module):
         if x.dim() < 2 or x.shape[-1] != self.in_features:
             raise ValueError(f'x must be (N, ..., {self.in_features}), got {tuple(x.shape)}')
         tokens = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
-        # Channels-last, which the convolution's output is then too, so that flattening it is free.
+        # Channels-last, because the output is then too, and flattening it costs nothing.
         y = self.conv(tokens.transpose(1, 2)).transpose(1, 2)
-        # In two steps, of which torch.export sees that they serve any number of tokens.
+        # In two steps, so that torch.export sees that any number of tokens will do.
         return y.flatten().view(-1, self.out_features).view(*x.shape[:-1], self.out_features)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:

@@ -160,7 +160,7 @@ def _entries(module: nn.Module, prefix: str) -> tuple[dict[str, Any], tuple[str,
         if child is None:
             continue
         if child._load_state_dict_pre_hooks:
-            # Wrappers that rename keys as they load: of sharding, of checkpointed activations.
+            # Wrappers for sharding and activation checkpointing rename keys as they load.
             own_ways.append(f'{prefix}{name}.')
             continue
         inner, ways = _entries(child, f'{prefix}{name}.')
@@ -176,7 +176,7 @@ def _shape(value: Any) -> Any:
 def _same_shape(own: Any, given: Any) -> bool:
     if not isinstance(own, Tensor) or not isinstance(given, Tensor):
         return isinstance(own, Tensor) == isinstance(given, Tensor)
-    # As torch has it, which takes one entry for a scalar.
+    # Like torch, which takes a tensor of one entry for a scalar.
     return own.shape == given.shape or (not own.dim() and given.numel() == 1)
 
 

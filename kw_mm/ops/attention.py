@@ -14,8 +14,8 @@ def mean_positions(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     positions = tuple(range(2, x.dim()))
     if not (x.requires_grad and torch.is_grad_enabled()):
         return x.mean(positions, dtype=dtype)
-    # The gradient of a sum is a view, where that of torch's mean is as large as the input. A sum
-    # overflows float16.
+    # The gradient of a sum is a view; that of torch's mean is a tensor as large as the input. In
+    # float16 a sum would overflow.
     half = x.dtype in (torch.float16, torch.bfloat16)
     total = x.sum(positions, dtype=torch.float32 if half else None)
     return (total / math.prod(x.shape[2:])).to(dtype or x.dtype)
@@ -29,7 +29,7 @@ def mixing_weights(logits: Tensor, beta: Tensor, tau: Tensor) -> Tensor:
 
 def logit_norms(logits: Tensor) -> Tensor:
     """What logits ``(N, m, n + 1)`` are divided by; see ``reference``. Not in half precision."""
-    # A sum of magnitudes overflows float16 and drowns EPS in bfloat16.
+    # In float16 a sum of magnitudes overflows; in bfloat16 EPS is lost beside it.
     z = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     return z.abs().sum(-1) + EPS
 

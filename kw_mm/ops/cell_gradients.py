@@ -32,13 +32,14 @@ logger = logging.getLogger(__name__)
 # same few places of a cache.
 ROW_GAP = 64
 
-# What torch has no public way to ask: whether function transforms and modes are at work, which
-# backward pass runs, and whether that pass will come to a node. Missing, nothing is collected.
+# Torch has no public way to ask whether function transforms and modes are at work, which backward
+# pass is running, and whether that pass will reach a node. Where one of these functions is missing,
+# nothing is collected.
 INTERNALS = ('_are_functorch_transforms_active', '_len_torch_dispatch_stack',
              '_current_graph_task_id', '_will_engine_execute_node')
 
-# What stands for cells in the graphs that are alive, by cells and dtype: only those that meet in
-# one graph are summed in one product.
+# The collectors of the graphs that are alive, by cells and dtype. Gradients are summed in one
+# product only if they belong to the same graph.
 _collectors: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -60,8 +61,7 @@ def collect_gradients(cells: Tensor) -> Tensor:
     dtype = product_dtype(cells)
     alive = _collectors.setdefault(cells, {})
     collector = alive[dtype]() if dtype in alive else None
-    # Parameters are given other memory, for example by ``.to()``, or other values without becoming
-    # others.
+    # A parameter stays the same object when its memory changes, as by ``.to()``, or its values.
     state = cells.data_ptr(), cells._version
     if collector is None or collector.grad_fn.state != state:
         collector = CellGradients.apply(cells.to(dtype), state)
@@ -98,7 +98,7 @@ class CellGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
         chunks = ctx.waiting.pop(torch._C._current_graph_task_id(), [])
-        # There is a gradient already if the cells were used in a way that is none of ours.
+        # There is a gradient already if other code than ours used the cells as well.
         for product in (chunk.product().view(ctx.shape) for chunk in chunks):
             grad = product if grad is None else grad + product
         return grad, None
@@ -111,8 +111,8 @@ class _AssembleCollected(torch.autograd.Function):
     def forward(ctx: Any, alpha: Tensor, cells: Tensor, collector: Any, grid: Sequence[int],
                 kernel_size: Sequence[int]) -> Tensor:
         ctx.save_for_backward(alpha, cells)
-        # Activation checkpointing lets go of what is saved, and the next layer would find no
-        # collector and make one of its own, with a copy of all cells.
+        # Activation checkpointing drops saved tensors. Without this reference the next layer would
+        # find no collector and make another one, with a copy of all cells.
         ctx.held = cells
         ctx.collector = collector
         ctx.grid = grid
@@ -165,14 +165,14 @@ def _leave_factors(collector: Any, alpha: Tensor, pieces: Tensor) -> Tensor:
     Returns:
         ``pieces``, where they have been gathered if they were.
     """
-    # In a pass that asks for other gradients alone nobody would come for them.
+    # If this pass does not ask for the gradient of the cells, nobody would fetch the factors.
     if not torch._C._will_engine_execute_node(collector):
         return pieces
     alpha = alpha.flatten(0, 1)
     size = math.prod(collector.shape[1:])
     chunks = collector.waiting.setdefault(torch._C._current_graph_task_id(), [])
     if torch.is_grad_enabled():
-        # A second derivative is to follow, which must find the factors as they were computed.
+        # The factors become part of the graph of a second derivative and must not be copied.
         chunks.append(_Chunk(pieces.reshape(len(alpha), size)))
         chunks[-1].take(alpha)
         return pieces

@@ -5,9 +5,9 @@ import math
 
 from torch import Tensor
 
-# Numbers in a row of a cell from which rows are blocks for a product by themselves.
+# A row of a cell that has at least so many numbers is a block of its own in a product.
 MIN_ROW = 256
-# Cells from which reading them is what a product of few rows spends its time on.
+# With at least so many cells, reading them dominates the cost of a product of few rows.
 MIN_CELLS = 32
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# Numbers of a block from which its rows fill a register. Narrower ones are left to torch.
+# Rows of a block must have at least so many numbers to fill a register; torch does the rest.
 MIN_WIDTH = 16
 # Less work than this many multiply-adds is not worth a second thread.
 WORK_PER_THREAD = 2**16
@@ -48,7 +48,7 @@ class _Sums(ctypes.Structure):
 
 
 def use_cpu_products(enabled: bool = True) -> None:
-    """Takes the compiled products from now on where they can be, or torch's own alone.
+    """Allows the compiled products from now on, or forbids them.
 
     ``KW_MM_CPU_PRODUCTS=0`` in the environment does the latter from the start.
     """
@@ -57,19 +57,19 @@ def use_cpu_products(enabled: bool = True) -> None:
 
 
 def mixes(cells: Tensor, dtype: torch.dtype) -> bool:
-    """Whether ``mix_blocks`` is there, wanted, and made for such cells and mixtures of a dtype."""
+    """Whether ``mix_blocks`` may be called: compiled, allowed, and made for such dtypes."""
     return (_is_wanted and dtype == torch.float32
             and cells.dtype in (torch.float32, torch.bfloat16) and instruction_set() is not None)
 
 
 def sums(grads: Tensor, cells: Tensor) -> bool:
-    """Whether ``sum_products`` is there, wanted, and made for tensors of such dtypes."""
+    """Whether ``sum_products`` may be called: compiled, allowed, and made for such dtypes."""
     return (_is_wanted and grads.dtype == cells.dtype == torch.float32
             and instruction_set() is not None)
 
 
 def instruction_set() -> str | None:
-    """What the compiled products are made for that this machine takes; None if there are none."""
+    """The instruction set of the compiled products in use, or None if there are none."""
     library = _library()
     return None if library is None else library[0]
 
@@ -106,7 +106,7 @@ def mix_blocks(alpha: Tensor, blocks: Tensor, out: Tensor, index: Tensor | None 
     alpha, num_cells = _in_rows(alpha), alpha.shape[-1]
     is_bfloat16 = blocks.dtype == torch.bfloat16
     blocks = _in_rows(blocks, blocks.dtype if is_bfloat16 else torch.float32)
-    # Held by name, for other threads may push them out of the cache.
+    # The name keeps them alive: other threads may push them out of the cache.
     starts = _row_starts(tuple(out.shape[1:-1]), out.stride()[1:-1])
     mix = _Mix(
         num_blocks, num_rows, num_cells, width,
@@ -136,7 +136,7 @@ def sum_products(grads: Tensor, cells: Tensor) -> Tensor:
 
 
 def _in_rows(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The tensor, or a copy, in a dtype and with the numbers of a row one after another.
+    """The tensor, or a copy, in a dtype and with the numbers of each row side by side.
 
     Rows themselves may be anywhere, even in the same place.
     """

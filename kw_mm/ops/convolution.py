@@ -10,12 +10,12 @@ from torch import Tensor
 
 from . import dispatch
 
-# Bounds of output positions, on a CPU; measured with ResNet50's shapes on 2 cores, see
-# docs/performance.md. Up to the first the kernels outweigh the feature maps by so much that
-# bringing them into a convolution's own order costs more than im2col does.
+# Both bounds count output positions and hold for CPUs; they were measured with ResNet50's shapes on
+# two cores (docs/performance.md). Up to this one, im2col costs less than what a convolution spends
+# on bringing the kernels into its own order.
 IM2COL_POSITIONS = 64
-# From here on a step of training is faster with one grouped convolution, which is spared the
-# copies of gradients that samples one by one have; it copies feature maps that are channels-last.
+# From this one on, training is faster with one grouped convolution, because convolutions of single
+# samples copy gradients. A grouped one copies channels-last feature maps.
 GROUPED_POSITIONS = 1024
 
 
@@ -30,7 +30,7 @@ def dynamic_conv(x: Tensor, kernel: Tensor, bias: Tensor | None, stride: Sequenc
     channels_last = is_channels_last(x)
     path = choose_path(x, kernel, stride, padding, dilation, groups)
     y = path(x, kernel, bias, channels_last, stride, padding, dilation, groups)
-    # No copy as a rule, for the paths make torch's functions answer in this order.
+    # As a rule this copies nothing: the paths make torch's functions answer in this order.
     return in_order(y, channels_last)
 
 
@@ -60,7 +60,7 @@ def choose_path(x: Tensor, kernel: Tensor, stride: Sequence[int], padding: Seque
     if torch.jit.is_tracing():
         return _pointwise if is_product else _traced
     if _is_exporting():
-        # Whether what a stride leaves can be flattened without a copy would depend on the size.
+        # A stride above 1 leaves a view, and whether that can be flattened depends on the size.
         return _pointwise if is_product and max(stride) == 1 else _grouped
     num_samples = kernel.shape[0]
     if num_samples == 0:
@@ -83,7 +83,7 @@ def _is_recorded() -> bool:
     return torch.jit.is_tracing() or _is_exporting()
 
 
-# Older versions do not tell, and export the path of the example.
+# Older versions of torch do not tell. They export the path that the example takes.
 _is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
 
 
@@ -113,7 +113,7 @@ def _im2col(x: Tensor, kernel: Tensor, bias: Tensor | None, channels_last: bool,
     size = _output_size(x.shape[2:], kernel.shape[3:], stride, padding, dilation)
     columns = F.unfold(x, kernel.shape[3:], dilation, padding, stride)
     if not kernel.is_contiguous():
-        # Sooner the columns than the kernels, which are larger.
+        # The columns are reordered, because the kernels are larger.
         columns = columns.unflatten(1, (kernel.shape[2], -1)).transpose(1, 2).flatten(1, 2)
         kernel = kernel.flatten(3).transpose(2, 3)
     return _product(kernel, columns, bias, channels_last).unflatten(2, size)
@@ -122,14 +122,14 @@ def _im2col(x: Tensor, kernel: Tensor, bias: Tensor | None, channels_last: bool,
 def _product(kernel: Tensor, columns: Tensor, bias: Tensor | None, channels_last: bool) -> Tensor:
     """``(N, C_out, positions)``; channels-last if told to, and where that pays."""
     kernel = kernel.flatten(2)
-    # The product of the transposed gives the kernels a transposed gradient, which is copied later.
-    # With fewer positions than inputs it is cheaper to copy the output.
+    # Multiplying the transposed gives the kernels a transposed gradient, which is copied later.
+    # With fewer positions than input channels, copying the output is cheaper than that.
     swap = channels_last and (
         not kernel.requires_grad or _is_recorded() or columns.shape[2] >= columns.shape[1])
     y = torch.bmm(*((columns.mT, kernel.mT) if swap else (kernel, columns)))
     if bias is not None:
-        # Before anything is a view of it, which would have the gradient copied. Under autocast it
-        # is in half precision.
+        # In place, and before there are views of it, which would have the gradient copied. Under
+        # autocast y is in half precision.
         y = y.add_(bias.to(y.dtype) if swap else bias.to(y.dtype).unsqueeze(1))
     return y.transpose(1, 2) if swap else y
 
@@ -147,7 +147,7 @@ def _grouped(x: Tensor, kernel: Tensor, bias: Tensor | None, _: bool, stride: Se
     """Any geometry: the batch as ``N * groups`` groups of one convolution."""
     num_samples = kernel.shape[0]
     bias = None if bias is None else bias.repeat(num_samples)
-    # Contiguous: as one sample, no other order of the batch is.
+    # Contiguous, because samples become channels here.
     y = _conv(x)(x.reshape(1, -1, *x.shape[2:]), _weight(kernel.flatten(0, 1)), bias, stride,
                  padding, dilation, num_samples * groups)
     return y.view(num_samples, -1, *y.shape[2:])
@@ -184,7 +184,7 @@ def _weight(kernel: Tensor, channels_last: bool = False) -> Tensor:
     if channels_last:
         return kernel
     kernel = kernel.contiguous()
-    # A dimension of length 1 may still have any stride. These views give it that of a new tensor.
+    # A dimension of length 1 may have any stride. These views give it that of a new tensor.
     return kernel.flatten().view(kernel.shape) if 1 in kernel.shape[1:] else kernel
 
 

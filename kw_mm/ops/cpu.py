@@ -61,7 +61,7 @@ def mix_bases(weights: Tensor, scales: Tensor, bases: Tensor, grid: Sequence[int
               kernel_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """See ``operators.mix_bases``."""
     num_samples, (num_blocks, _, width) = weights.shape[0], bases.shape
-    # Of one sample the bases of active units alone are read.
+    # For one sample, only the bases of active units are read.
     active = weights[0].nonzero().squeeze(1) if num_samples == 1 else None
     by_block = products.scales_by_block(scales, grid, kernel_shape)
     if compiled.mixes(bases, dtype):
@@ -76,7 +76,7 @@ def mix_bases(weights: Tensor, scales: Tensor, bases: Tensor, grid: Sequence[int
 
 def _pays(cells: Tensor, grid: Sequence[int]) -> bool:
     """Whether the compiled products are the faster way to mix such cells."""
-    # What is not written in the order in which mixtures come, they do not write faster.
+    # They are faster only where mixtures come in the order in which they are written.
     return (math.prod(cells.shape[2:]) >= compiled.MIN_WIDTH
             and (grid[0] == 1 or has_positions_last(grid, cells.shape)))
 

@@ -64,7 +64,7 @@ def _takes_triton(*tensors: Tensor) -> bool:
         return False
     if is_usable(*tensors):
         return True
-    # Python's own filter forgets what it has shown, and knows one dtype's text from another's.
+    # Python's own filter may show a text again, and texts for two dtypes are two texts to it.
     global _has_warned
     if not _has_warned:
         _has_warned = True

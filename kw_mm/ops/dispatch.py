@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._functorch import autograd_function
 
-# Internals by where they are; register_fake and Tag.pt2_compliant_tag are public, since 2.4.
+# All but register_fake, which is public since 2.4, are internals of torch.
 _NEEDED = ((torch.library, 'register_fake'), (torch._C, '_AutoDispatchBelowAutograd'),
            (torch._C, '_are_functorch_transforms_active'),
            (torch.autograd.function, '_SingleLevelFunction'),
@@ -29,7 +29,7 @@ if _missing:
 
 IS_POSSIBLE = not _missing
 
-# In torch 2.1 and 2.2 this is the compiler's own question.
+# Torch 2.1 and 2.2 have this function in the compiler alone.
 is_compiling = getattr(torch.compiler, 'is_compiling', None) or torch._dynamo.is_compiling
 
 _library = torch.library.Library('kw_mm', 'DEF') if IS_POSSIBLE else None
@@ -81,7 +81,7 @@ def register(schema: str, implementations: dict[str, ModuleType], fake: Callable
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Tensor:
             setup_context(ctx, args)
-            # Gradients are off in here, but the next level of transforms may want its own.
+            # Gradients are off in here, but the next level of transforms may ask for its own.
             with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
                 return operator(*args)
 
@@ -90,7 +90,7 @@ def register(schema: str, implementations: dict[str, ModuleType], fake: Callable
                 isinstance(arg, Tensor) and arg.requires_grad for arg in args):
             if not torch._C._are_functorch_transforms_active():
                 return Recorded.apply(*args)
-            # The dispatcher has come to one level of the transforms; torch wants that to be said.
+            # This is one level of the transforms. Torch wants to be told so.
             with autograd_function.enable_single_level_autograd_function():
                 return Recorded.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
@@ -104,7 +104,7 @@ def register(schema: str, implementations: dict[str, ModuleType], fake: Callable
         if (torch.is_grad_enabled() or is_compiling()
                 or torch._C._are_functorch_transforms_active()):
             return operator(*args)
-        # Past autograd, which would come back to Python only to find that it has nothing to do.
+        # Autograd has nothing to do; calling it would cost one more way through Python.
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
 

@@ -79,6 +79,6 @@ def block_shape(grid: Sequence[int], kernel_shape: Sequence[int]) -> tuple[int, 
 def positions_last(memory: Tensor, kernel_size: Sequence[int]) -> Tensor:
     """Kernels ``(N, out, in / groups, *k)`` in memory ``(N, out, prod(k), in / groups)``."""
     if 1 in memory.shape[2:]:
-        # Both orders are the same; plain strides are those that convolutions know as contiguous.
+        # Both orders are the same. Convolutions recognise plain strides as contiguous.
         return memory.view(*memory.shape[:2], memory.shape[3], *kernel_size)
     return memory.view(*memory.shape[:2], *kernel_size, memory.shape[3]).movedim(-1, 2)

@@ -17,14 +17,15 @@ from ctypes import c_int, c_size_t, c_void_p
 import torch
 from torch import Tensor
 
-# Bytes from which a tensor is worth keeping memory for.
+# Memory of at least so many bytes is kept.
 MIN_KEPT = 2**20
-# Pieces of memory that are kept while nobody uses them.
+# At most so many unused pieces are kept.
 MAX_PIECES = 2
-# Bytes that malloc never keeps for later, and what Linux calls its large pages, on x86.
+# Malloc returns pieces of at least so many bytes to the system. The others are Linux's names for
+# large pages, on x86.
 MIN_LARGE, HUGE_PAGE, MADV_HUGEPAGE = 2**25, 2**21, 14
 
-# By address. No lock: whoever removes a piece from the dict, in whatever thread, has it.
+# By address. It needs no lock: a piece belongs to the thread that removes it from the dict.
 _free: dict[int, Tensor] = {}
 
 
@@ -54,7 +55,7 @@ def large_empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     advise = _madvise()
     if advise is not None and out.nbytes >= MIN_LARGE:
         start, stop = -(-out.data_ptr() // HUGE_PAGE), (out.data_ptr() + out.nbytes) // HUGE_PAGE
-        # Refused where the system has none, and then as it was.
+        # Systems without large pages refuse, which changes nothing.
         advise(start * HUGE_PAGE, (stop - start) * HUGE_PAGE, MADV_HUGEPAGE)
     return out
 
@@ -70,7 +71,7 @@ def _take(num_bytes: int) -> Tensor:
 
 def _give_back(piece: Tensor) -> None:
     _free[piece.data_ptr()] = piece
-    # The largest serve every layer.
+    # The largest ones are kept, because they serve every layer.
     for address, _ in _by_size()[:-MAX_PIECES]:
         _free.pop(address, None)
 

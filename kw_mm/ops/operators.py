@@ -24,7 +24,7 @@ from . import cpu, cuda, dispatch, products
 from .layout import block_shape, cut_kernel, memory_shape, positions_last, view_as_kernel
 from .products import scales_by_block
 
-# Whether the dispatcher knows them.
+# Whether they are registered with the dispatcher.
 ARE_REGISTERED = dispatch.IS_POSSIBLE
 
 
@@ -96,7 +96,7 @@ if not ARE_REGISTERED:
     _assemble, _assemble_grad_alpha = products.assemble, products.assemble_grad_alpha
     _assemble_grad_cells, _mix_bases = products.assemble_grad_cells, products.mix_bases
 else:
-    # What is neither a CPU nor CUDA computes with torch's products as well.
+    # Devices other than CPUs and CUDA compute with torch's products.
     _MODULES = dict(CompositeExplicitAutograd=products, CPU=cpu, CUDA=cuda)
 
     # assemble

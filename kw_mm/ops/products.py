@@ -18,11 +18,11 @@ from .layout import block_shape, has_positions_last, memory_shape, positions_las
 # fast. Smaller cells are not worth it.
 BLOCK_WIDTH = 512
 MIN_BLOCKED_SIZE = 2**14
-# A kernel in blocks has to be copied into place. Where a single product is the kernel as it comes,
-# blocks pay as long as cells outnumber the product's rows by this.
+# A kernel that was computed in blocks has to be copied into place. Where the result of a single
+# product is the kernel already, blocks pay only if there are so many times more cells than rows.
 ROWS_TO_CELLS = 4
-# Columns summed over at a time by the gradient of the mixing weights, whose few results would
-# otherwise leave all threads but one idle.
+# The gradient of the mixing weights has few results, which would keep only one thread busy. So its
+# sums are cut into parts of so many columns.
 SUM_WIDTH = 2**14
 
 
@@ -57,9 +57,9 @@ def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Seq
 def assemble_grad_alpha(pieces: Tensor, cells: Tensor) -> Tensor:
     """See ``operators.assemble_grad_alpha``."""
     rows = pieces.reshape(math.prod(pieces.shape[:4]), math.prod(pieces.shape[4:]))
-    # As the kernels had them.
+    # The values with which the kernels were mixed.
     columns = cells.flatten(1).to(rows.dtype)
-    # So many terms overflow float16 and drown in bfloat16.
+    # Sums of so many terms overflow float16 and lose all precision in bfloat16.
     dtype = torch.promote_types(rows.dtype, torch.float32)
     rows, columns = rows.to(dtype), columns.to(dtype)
     if rows.device.type != 'cpu' or rows.shape[1] % SUM_WIDTH:
@@ -82,7 +82,7 @@ def assemble_grad_cells(pieces: Tensor, alpha: Tensor) -> Tensor:
 def mix_bases(weights: Tensor, scales: Tensor, bases: Tensor, grid: Sequence[int],
               kernel_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """See ``operators.mix_bases``."""
-    # Few rows and a wide matrix, as in assembly, in blocks from the outset.
+    # Few rows and a wide matrix, as in assembly; bases are stored in blocks.
     factors = scales_by_block(scales, grid, kernel_shape).T.unsqueeze(-1) * weights
     mixed = _batch_product(factors.to(dtype), bases.to(dtype)).transpose(0, 1)
     return bases_as_kernel(mixed, kernel_shape)
@@ -111,12 +111,12 @@ def _batch_product(left: Tensor, right: Tensor) -> Tensor:
 
 def _takes_one_product(cells: Tensor, num_rows: int, fits: bool) -> bool:
     """Whether blocks would not pay for a product of so many rows with cells."""
-    # On a GPU one product does; on the meta device it is the one that tools count.
+    # On a GPU a single product is fast. On the meta device, tools count its FLOPs.
     if cells.device.type != 'cpu' or math.prod(cells.shape[1:]) < MIN_BLOCKED_SIZE:
         return True
     if stored_by_rows(cells):
         return False
-    # Writing mixtures then takes longer than reading cells, and a single product may fit.
+    # With few cells, writing the mixtures dominates the cost.
     return len(cells) < MIN_CELLS or (fits and len(cells) < ROWS_TO_CELLS * num_rows)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# The first with fast bfloat16; what came before is not worth a path of its own.
+# The first with fast bfloat16.
 LEAST_CAPABILITY = (8, 0)
 
 
@@ -44,7 +44,7 @@ def dot_precision(dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         return 'ieee'
     matmul = torch.backends.cuda.matmul
-    # New in torch 2.9. Whoever sets it may not read allow_tf32 any more.
+    # New in torch 2.9. Once it is set, reading allow_tf32 is an error.
     precision = getattr(matmul, 'fp32_precision', None)
     is_tf32 = matmul.allow_tf32 if precision is None else precision == 'tf32'
     return 'tf32' if is_tf32 else 'ieee'
@@ -64,7 +64,7 @@ def _is_installed() -> bool:
 def _is_interpreted() -> bool:
     if os.environ.get('TRITON_INTERPRET', '0') == '0':
         return False  # and Triton, slow to import, is not needed on a CPU
-    # The environment counted when Triton was imported.
+    # Triton read the environment when it was imported.
     import triton
     return not isinstance(triton.language.cdiv, triton.runtime.JITFunction)
 
