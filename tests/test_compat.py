@@ -18,7 +18,7 @@ from torch import nn
 
 import kw_mm  # noqa: F401  (applies the patches)
 from kw_mm import compat
-from kw_mm.engine.checkpoint import check_checkpoint
+from kw_mm.checkpoint import check_checkpoint
 
 ROOT = Path(__file__).parents[1]
 

@@ -17,9 +17,9 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 from mmengine.visualization import Visualizer
 
+from ..checkpoint import check_checkpoint
 from ..compat import has_accelerator, prepare_cpu_ddp_
 from ..layers.loading import CheckpointMismatch, strict_loading
-from .checkpoint import check_checkpoint
 
 __all__ = ['CheckpointMismatch', 'add_common_options', 'build_runner', 'check_checkpoint',
            'config_path', 'enable_amp_', 'enable_auto_scale_lr_', 'enable_drawing_', 'enable_tta_',

@@ -11,8 +11,8 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.runner import find_latest_checkpoint
 
+from ..checkpoint import check_checkpoint
 from ..compat import has_accelerator
-from .checkpoint import check_checkpoint
 
 # On CPUs so many tensors are small that two processes of one thread each train faster than one
 # of two.

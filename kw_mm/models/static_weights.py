@@ -11,6 +11,7 @@ from mmengine.model import update_init_info
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from torch import Tensor, nn
 
+from ..checkpoint import read_checkpoint
 from ..convert.keys import rename_keys, reverse
 from ..convert.state_dict import (
     check_keys,
@@ -19,7 +20,6 @@ from ..convert.state_dict import (
     start_from_state_dict_,
     static_shapes,
 )
-from ..engine.checkpoint import read_checkpoint
 from ..layers import StartReport
 from .backbones.base import KWBackbone, mark_initialised_
 from .checkpoint_names import locate_checkpoint

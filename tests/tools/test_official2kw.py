@@ -16,7 +16,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import load_checkpoint
 
-from kw_mm.engine.checkpoint import read_checkpoint
+from kw_mm.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / 'tools' / 'model_converters' / 'official2kw.py'

@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 
 from kw_mm import convert_official_checkpoint, to_official_checkpoint
-from kw_mm.engine.checkpoint import check_destination, read_checkpoint, write_checkpoint
+from kw_mm.checkpoint import check_destination, read_checkpoint, write_checkpoint
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from mmengine.config import Config
 
 from kw_mm import static_checkpoint_to_kw
-from kw_mm.engine.checkpoint import check_destination, write_checkpoint
+from kw_mm.checkpoint import check_destination, write_checkpoint
 from kw_mm.engine.launch import config_path
 
 

@@ -7,7 +7,7 @@ import stat
 import pytest
 import torch
 
-from kw_mm.engine.checkpoint import check_destination, read_checkpoint, write_checkpoint
+from kw_mm.checkpoint import check_destination, read_checkpoint, write_checkpoint
 
 WEIGHTS = dict(model=dict(w=torch.arange(3.)))
 OPTIONS = argparse.Namespace(lr=0.1, model='kw', nested=argparse.Namespace(a=[1]))
