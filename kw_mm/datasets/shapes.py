@@ -18,6 +18,7 @@ from typing import Any
 
 import cv2
 
+from ..files import remove_unfinished, replacing, write_json
 from .annotations import encode_instance, semantic_map
 from .drawing import SHAPE_CLASSES, SPLITS, check_int, check_size, draw_scene
 
@@ -107,6 +108,7 @@ def write_shapes(root: str | os.PathLike,
     files = ShapesFiles(root, written=True)
     for folder in (*map(files.images, SPLITS), *map(files.semantic_maps, SPLITS)):
         folder.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(folder)
     # From here to the end the folder is marked as ours but not whole.
     _write_json(root / _UNFINISHED, parameters)
     (root / _RECORD).unlink(missing_ok=True)
@@ -203,9 +205,14 @@ def _is_whole(root: Path, counts: dict[str, int]) -> bool:
     files = ShapesFiles(root, written=False)
     return all(
         files.annotations(split).is_file() and all(
-            folder.is_dir() and names <= set(os.listdir(folder))
+            folder.is_dir() and names <= _non_empty_files(folder)
             for folder, names in _numbered_files(files, split, num).items())
         for split, num in counts.items())
+
+
+def _non_empty_files(folder: Path) -> set[str]:
+    with os.scandir(folder) as entries:
+        return {entry.name for entry in entries if entry.stat().st_size}
 
 
 def _numbered_files(files: ShapesFiles, split: str, num: int) -> dict[Path, set[str]]:
@@ -227,14 +234,14 @@ def _file_name(index: int, suffix: str) -> str:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    _write_bytes(path, json.dumps(value, separators=(',', ':')).encode())
+    write_json(path, value, separators=(',', ':'))
 
 
 def _write_bytes(path: Path, data: bytes) -> None:
-    # The process id keeps two processes that write the same data set out of each other's way.
-    part = path.with_name(f'.{path.name}.{os.getpid()}')
-    part.write_bytes(data)
-    os.replace(part, path)
+    # Not a wait for the disk for each of thousands: what a failing power supply leaves of one is
+    # found by its size.
+    with replacing(path, durable=False) as stream:
+        stream.write(data)
 
 
 def _progress_bar(total: int) -> Any:

@@ -344,6 +344,18 @@ def test_a_data_set_from_before_there_were_label_maps_gets_them(tmp_path):
     assert snapshot(tmp_path) == whole
 
 
+def test_what_a_kill_or_a_failing_power_supply_leaves_is_mended(tmp_path):
+    arguments = dict(num_train=2, num_val=1, size=32)
+    write_shapes(tmp_path, **arguments)
+    whole = snapshot(tmp_path)
+    (tmp_path / 'train' / '000001.jpg').write_bytes(b'')
+    for name in ('train/.000001.jpg.0.unfinished', 'annotations/.instances_val.json.0.unfinished',
+                 '.shapes.json.0.unfinished'):
+        (tmp_path / name).write_text('half')
+    assert write_shapes(tmp_path, **arguments).written
+    assert snapshot(tmp_path) == whole
+
+
 @pytest.mark.parametrize('interrupted', [False, True])
 def test_other_parameters_are_refused_and_overwritten_on_demand(tmp_path, interrupted):
     write_shapes(tmp_path, num_train=4, num_val=1, size=32, seed=1)

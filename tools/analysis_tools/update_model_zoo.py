@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import kw_mm  # noqa: F401  (registers everything)
 from kw_mm.engine.complexity import Complexity, input_size, measure_config, measure_module
+from kw_mm.files import replace_text
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = '<!-- begin: model zoo -->', '<!-- end: model zoo -->'
@@ -219,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if text != path.read_text(encoding='utf-8'):
             stale.append(path)
             if not args.check:
-                path.write_text(text, encoding='utf-8')
+                replace_text(path, text)
     for path in stale:
         print(f'{path.relative_to(ROOT)} {"is stale" if args.check else "written"}')
     return int(args.check and bool(stale))
