@@ -1,6 +1,7 @@
 """Where named checkpoints are: files, URLs, and the names of model zoos."""
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from urllib.parse import urlparse
@@ -31,7 +32,8 @@ def locate_checkpoint(name: str) -> str:
     Args:
         name: A path, a URL (``https://``, ``http://``), ``torchvision://resnet50`` and the other
             names of ``TORCHVISION_FILES``, or ``open-mmlab://`` and a name mmengine knows. What
-            is downloaded is kept in torch's folder for checkpoints.
+            is downloaded is kept in torch's folder for checkpoints: under its own name if that
+            has the hash of the content, else in a folder for each URL.
 
     Raises:
         ValueError: If a model zoo has no such name.
@@ -58,12 +60,17 @@ def locate_checkpoint(name: str) -> str:
 
 
 def _download(url: str) -> str:
-    file = Path(torch.hub.get_dir(), 'checkpoints', Path(urlparse(url).path).name)
+    folder, name = Path(torch.hub.get_dir(), 'checkpoints'), Path(urlparse(url).path).name
+    # What a hash looks like, and a date does not.
+    digits = re.search(r'-((?!20\d{6}\.)[0-9a-f]{8,})\.', name)
+    if digits is None:
+        # The name does not tell the content, and others may have files of that name.
+        folder /= hashlib.sha256(url.encode()).hexdigest()[:16]
+    file = folder / name
     # The first process fetches it for all that share its disk, the others for themselves.
     for turn in (True, False):
         if (get_rank() == 0) == turn and not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            digits = re.search(r'-([0-9a-f]{8,})\.', file.name)
             torch.hub.download_url_to_file(url, str(file), digits and digits[1], progress=turn)
         if turn:
             barrier()

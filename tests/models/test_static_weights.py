@@ -1,5 +1,6 @@
 """StaticPretrained: KW backbones from checkpoints of static ones."""
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -416,8 +417,23 @@ def test_torchvision_names_need_no_torchvision(tmp_path, hub):
     assert hub == [('https://download.pytorch.org/models/resnet50-0676ba61.pth', '0676ba61')]
     locate_checkpoint('https://example.org/a/net.pth?download=true')
     assert hub[1:] == [('https://example.org/a/net.pth?download=true', None)]
+    # A date tells as little of the content as any other name.
+    locate_checkpoint('https://example.org/net-20240131.pth')
+    assert hub[2:] == [('https://example.org/net-20240131.pth', None)]
     assert locate_checkpoint('weights/net.pth') == 'weights/net.pth'
     assert locate_checkpoint(r'C:\weights\net.pth') == r'C:\weights\net.pth'
+
+
+def test_files_of_one_name_are_kept_apart(hub):
+    urls = [f'https://example.org/{where}' for where in ('a/net.pth', 'b/net.pth',
+                                                         'b/net.pth?version=2')]
+    files = [locate_checkpoint(url) for url in urls]
+    assert len(set(files)) == 3 and {Path(file).name for file in files} == {'net.pth'}
+    assert [locate_checkpoint(url) for url in urls] == files
+    assert [url for url, _ in hub] == urls
+    # With its hash in the name a file is the same wherever it comes from.
+    first, second = (locate_checkpoint(f'https://{host}.org/net-0676ba61.pth') for host in 'ab')
+    assert first == second and len(hub) == 4
 
 
 def test_other_processes_wait_for_the_first(hub, monkeypatch):
