@@ -1,26 +1,31 @@
 """Checkpoint files: checked before a run spends minutes on everything else, read, written."""
 from __future__ import annotations
 
-import os
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-# Since 2.6 the few classes in mmengine's own checkpoints can be allowed (``kw_mm.compat``); before,
-# what reads nothing else refuses them. None is torch's default, which a variable of the
-# environment can turn round.
-_SAFELY = True if torch.__version__ >= (2, 6) else None
+from . import unpickling
+from .files import replacing
+
+# Since 2.6 torch can be told, by name and object, what a file may hold (``kw_mm.compat`` does).
+_TORCH_TAKES_NAMES = torch.__version__ >= (2, 6)
+
+
+class TornCheckpointError(ValueError):
+    """A checkpoint of which a part is missing or damaged."""
 
 
 def check_checkpoint(path: str, resume: bool = False) -> dict | None:
-    """Checks that a file is a checkpoint.
+    """Checks that a file is a checkpoint. No file can run code here, whatever the torch version.
 
-    Tensors of files in torch's current format are not read, so that it takes little time.
+    Tensors of files in torch's current format are not read, so that it takes little time, unless
+    training is to be resumed: then every byte is compared with the checksums in the file, as a
+    damaged one would be loaded without a word.
 
     Args:
         path: Of the checkpoint. Names with a scheme (``https://``, ``torchvision://``) are
@@ -32,13 +37,12 @@ def check_checkpoint(path: str, resume: bool = False) -> dict | None:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is cut off, is no checkpoint, holds what ``torch.load`` refuses to build,
-            or cannot be resumed from.
+        TornCheckpointError: If it is cut off, damaged or no checkpoint.
+        ValueError: If it holds what ``torch.load`` refuses to build, or cannot be resumed from.
     """
-    # Two letters at least: one is a drive.
-    if re.match(r'\w[\w-]+:', path):
+    if has_scheme(path):
         return None
-    checkpoint = _read(path, weights_only=_SAFELY)
+    checkpoint = _read(path, every_byte=resume)
     missing = {'state_dict', 'meta', 'message_hub'} - set(checkpoint)
     if resume and missing:
         raise ValueError(f'checkpoint {path!r} cannot be resumed from, it has no '
@@ -46,24 +50,30 @@ def check_checkpoint(path: str, resume: bool = False) -> dict | None:
     return checkpoint
 
 
-def read_checkpoint(path: str, allowed: Sequence[type] = ()) -> dict:
-    """Reads a checkpoint on the CPU, tensors and plain values alone.
+def has_scheme(path: str) -> bool:
+    """Whether a name is that of something remote (``https://``, ``s3://``, ``torchvision://``)."""
+    # Two letters at least: one is a drive.
+    return re.match(r'\w[\w-]+:', path) is not None
 
-    Before torch 2.6 files that hold more than that, such as mmengine's own with the logged
-    history, are refused.
+
+def read_checkpoint(path: str, allowed: Sequence[type] = ()) -> dict:
+    """Reads a checkpoint on the CPU: tensors, plain values and what ``kw_mm.compat`` allows.
 
     Args:
         path: Of the file.
-        allowed: Classes of which the file may hold objects as well. Before torch 2.5 there is no
-            way to allow any.
+        allowed: Classes of which the file may hold objects as well.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is cut off, is no checkpoint or holds what is not allowed.
+        TornCheckpointError: If it is cut off or no checkpoint.
+        ValueError: If it holds what is not allowed.
     """
-    safe_globals = getattr(torch.serialization, 'safe_globals', lambda classes: nullcontext())
-    with safe_globals(list(allowed)):
-        return _read(path, weights_only=True)
+    if _TORCH_TAKES_NAMES:
+        with torch.serialization.safe_globals(list(allowed)):
+            return _read(path)
+    names = {f'{kind.__module__}.{kind.__qualname__}': kind for kind in allowed}
+    with unpickling.allowing(names):
+        return _read(path)
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: str, overwrite: bool = False) -> None:
@@ -78,16 +88,10 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str, overwrite: bool =
         FileExistsError: If there is one and it is not to be replaced.
         OSError: If it cannot be written.
     """
-    file = Path(path).expanduser()
     check_destination(path, overwrite)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f'.{file.name}.{os.getpid()}.tmp')
-    try:
-        with unfinished.open('wb') as stream:
-            torch.save(dict(checkpoint), stream)
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    Path(path).expanduser().parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as stream:
+        torch.save(dict(checkpoint), stream)
 
 
 def check_destination(path: str, overwrite: bool = False) -> None:
@@ -104,32 +108,57 @@ def check_destination(path: str, overwrite: bool = False) -> None:
         raise FileExistsError(f'{path!r} exists already')
 
 
-def _read(path: str, **kwargs: Any) -> dict:
+def _read(path: str, every_byte: bool = False) -> dict:
     file = Path(path).expanduser()
+    if file.is_dir():
+        raise ValueError(f'checkpoint {path!r} must be a file, it is a folder')
     if not file.is_file():
         raise FileNotFoundError(f'checkpoint {path!r} does not exist')
     with file.open('rb') as stream:
         is_archive = stream.read(2) == b'PK'
-    # The directory of an archive is its end; torch would say no more than "not found".
-    if is_archive and not zipfile.is_zipfile(file):
-        raise ValueError(f'checkpoint {path!r} is cut off: its writing was interrupted, or it was '
-                         'not copied to the end')
+    if is_archive:
+        _check_archive(path, file, every_byte)
+    safely: dict[str, Any] = (
+        dict(weights_only=True) if _TORCH_TAKES_NAMES else
+        dict(weights_only=False, pickle_module=unpickling))
     try:
         # Mapped, tensors are not read before they are used.
-        checkpoint = torch.load(str(file), map_location='cpu', mmap=is_archive or None, **kwargs)
+        checkpoint = torch.load(str(file), map_location='cpu', mmap=is_archive or None, **safely)
     except Exception as error:
-        raise ValueError(f'checkpoint {path!r} {_reason(error)}') from error
+        raise _refusal(path, error) from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f'checkpoint {path!r} must hold a dict, got {type(checkpoint).__name__}')
     return checkpoint
 
 
-def _reason(error: Exception) -> str:
-    refused = re.search(r'Unsupported global: GLOBAL (\S+)', str(error))
-    if refused:
-        return (f'holds {refused[1]}, which torch.load refuses to build: a file can run code when '
-                'more than tensors and plain values is loaded')
+def _check_archive(path: str, file: Path, every_byte: bool) -> None:
+    """Checks what torch does not: its words for a torn file say little, damage it overlooks."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            records = archive.infolist()
+            # torch can be told to write no checksums.
+            damaged = every_byte and any(r.CRC for r in records) and archive.testzip()
+    except (zipfile.BadZipFile, EOFError) as error:
+        # The directory of an archive is its end.
+        raise TornCheckpointError(f'checkpoint {path!r} is cut off: its writing was interrupted, '
+                                  'or it was not copied to the end') from error
+    if damaged:
+        raise TornCheckpointError(f'checkpoint {path!r} is damaged: {damaged} in it is not what '
+                                  'was written')
+    if any(record.filename.endswith('/constants.pkl') for record in records):
+        raise ValueError(f'checkpoint {path!r} is a TorchScript program, no checkpoint')
+
+
+def _refusal(path: str, error: Exception) -> ValueError:
+    text = str(error)
+    name = re.search(r'nsupported (?:global: )?GLOBAL (\S+)', text)
+    if name or re.search('unrecognized function|Can only|Unsupported (use|filling|persist)', text):
+        what = name[1] if name else 'calls'
+        return ValueError(
+            f'checkpoint {path!r} holds {what}, which torch.load refuses to build: a file can run '
+            'code when more than tensors and plain values is loaded')
     if isinstance(error, ValueError):
-        return f'is refused: {error}'
+        return ValueError(f'checkpoint {path!r} is refused: {error}')
     # Not torch's own words, which advise to switch its protection off.
-    return f'is cut off or no checkpoint ({type(error).__name__})'
+    return TornCheckpointError(
+        f'checkpoint {path!r} is cut off or no checkpoint ({type(error).__name__})')

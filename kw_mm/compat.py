@@ -27,6 +27,7 @@ from mmengine.model import weight_init
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from torch import nn
 
+from . import unpickling
 from .layers import (
     KWConv1d,
     KWConv2d,
@@ -46,9 +47,9 @@ _ACCELERATOR_BACKENDS = ('nccl', 'cncl', 'hccl', 'mccl')
 
 
 def apply() -> None:
-    """Makes mmengine checkpoints load, and load whole, distributed CPU runs start, initialisers
-    reach KW layers, mmcv's operators read what they are given, mmengine count ours; may run
-    again."""
+    """Makes mmengine checkpoints load, and load whole, be written whole and resumed from, makes
+    distributed CPU runs start, initialisers reach KW layers, mmcv's operators read what they are
+    given, mmengine count ours; may run again."""
     allow_mmengine_checkpoints()
     let_mmengine_refuse_checkpoints()
     patch_pytorch_launcher()
@@ -72,21 +73,25 @@ def allow_mmengine_checkpoints() -> None:
     A history buffer is pickled with its methods, which pickle spells ``getattr(HistoryBuffer,
     'mean')``. Allowing ``getattr`` itself would let a crafted file reach ``eval``; what is
     allowed under its name is a stand-in that knows those few methods and refuses all else.
+
+    Before 2.6, names cannot be given to functions; ``kw_mm.checkpoint`` reads files there by
+    ``kw_mm.unpickling``, which is told the same names.
     """
-    # Before 2.6 the default is weights_only=False, and names cannot be given to functions.
-    if torch.__version__ < (2, 6):
-        return
     numpy_core = np._core if hasattr(np, '_core') else np.core
-    allowed: list[Any] = [HistoryBuffer, np.ndarray, np.dtype,
-                          (_history_getattr, 'builtins.getattr')]
+    allowed: dict[str, Any] = {'builtins.getattr': _history_getattr}
     # Files written with numpy 1 and numpy 2 name the same two functions differently.
     for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
-        allowed += [(numpy_core.multiarray._reconstruct, f'{module}._reconstruct'),
-                    (numpy_core.multiarray.scalar, f'{module}.scalar')]
-    # Unpickling a dtype checks its class as well.
-    allowed += [type(np.dtype(name)) for name in
-                ('?', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'f2', 'f4', 'f8')]
-    torch.serialization.add_safe_globals(allowed)
+        allowed[f'{module}._reconstruct'] = numpy_core.multiarray._reconstruct
+        allowed[f'{module}.scalar'] = numpy_core.multiarray.scalar
+    for kind in (HistoryBuffer, np.ndarray, np.dtype):
+        allowed[f'{kind.__module__}.{kind.__name__}'] = kind
+    unpickling.allow(allowed)
+    if torch.__version__ >= (2, 6):
+        # Unpickling a dtype checks its class as well.
+        dtypes = [type(np.dtype(name)) for name in
+                  ('?', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'f2', 'f4', 'f8')]
+        torch.serialization.add_safe_globals(
+            [*((value, name) for name, value in allowed.items()), *dtypes])
 
 
 def _history_getattr(obj: Any, name: str) -> Callable:

@@ -1,0 +1,142 @@
+"""Checkpoints on versions of torch that cannot be told which names a file may hold.
+
+There ``torch.load`` either builds whatever a file asks for, which can be any code, or refuses the
+logged history in every checkpoint of mmengine. Handed to it as ``pickle_module``, this module
+builds what torch itself deems safe and what was allowed here, and nothing else.
+"""
+from __future__ import annotations
+
+import pickle
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import _weights_only_unpickler as torch_unpickler
+
+__all__ = ['Unpickler', 'allow', 'allowing', 'load']
+
+# Protocol 2, which torch.save writes, has the names of Python 2.
+_PYTHON_3 = {'__builtin__': 'builtins', 'copy_reg': 'copyreg'}
+
+_allowed: dict[str, Any] = {}
+
+
+def allow(names: Mapping[str, Any]) -> None:
+    """Allows names in all files from now on.
+
+    Args:
+        names: What to build for each full name; need not be what bears the name in Python.
+    """
+    _allowed.update(names)
+
+
+@contextmanager
+def allowing(names: Mapping[str, Any]) -> Iterator[None]:
+    """Allows names for the time being."""
+    before = dict(_allowed)
+    _allowed.update(names)
+    try:
+        yield
+    finally:
+        _allowed.clear()
+        _allowed.update(before)
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """Stands in for ``codecs.encode``, which protocol 2 has for bytes."""
+    if encoding != 'latin1':
+        raise pickle.UnpicklingError(f"a checkpoint encodes bytes as 'latin1', not {encoding!r}")
+    return text.encode('latin1')
+
+
+# Of plain Python; old versions of torch lack some of them.
+_PLAIN = {'_codecs.encode': _encode, 'builtins.bytearray': bytearray, 'builtins.complex': complex,
+          'builtins.set': set, 'collections.Counter': Counter,
+          'collections.OrderedDict': OrderedDict, 'torch.device': torch.device}
+
+
+class Unpickler(pickle._Unpickler):  # the one written in C calls whatever is on the stack
+    """Builds objects of allowed names alone, and calls and fills nothing else."""
+
+    dispatch = dict(pickle._Unpickler.dispatch)  # methods by opcode
+
+    def __init__(self, file: BinaryIO, **kwargs: Any) -> None:
+        super().__init__(file, **kwargs)
+        self._names = {**torch_unpickler._get_allowed_globals(), **_PLAIN, **_allowed}
+        # By identity: to compare would be to call methods of what the file built.
+        self._known = set(map(id, self._names.values()))
+
+    def find_class(self, module: str, name: str) -> Any:
+        path = f'{_PYTHON_3.get(module, module)}.{name}'
+        if path not in self._names:
+            raise pickle.UnpicklingError(f'Unsupported global: GLOBAL {path}')
+        return self._names[path]
+
+    def _check_known(self, value: Any) -> None:
+        if id(value) not in self._known:
+            raise pickle.UnpicklingError(f'Unsupported use of a {type(value).__name__}')
+
+    def _check_filled(self, target: Any, *kinds: type) -> None:
+        if type(target) not in kinds:
+            raise pickle.UnpicklingError(f'Unsupported filling of a {type(target).__name__}')
+
+    def load_reduce(self) -> None:
+        self._check_known(self.stack[-2])
+        super().load_reduce()
+
+    def load_newobj(self) -> None:
+        if not isinstance(self.stack[-2], type):
+            self.refuse()
+        self._check_known(self.stack[-2])
+        super().load_newobj()
+
+    def load_build(self) -> None:
+        kind = type(self.stack[-2])
+        # No file names the classes of dtypes.
+        self._check_known(np.dtype if issubclass(kind, np.dtype) else kind)
+        super().load_build()
+
+    def load_append(self) -> None:
+        self._check_filled(self.stack[-2], list)
+        super().load_append()
+
+    def load_appends(self) -> None:
+        self._check_filled(self.metastack[-1][-1], list)
+        super().load_appends()
+
+    def load_setitem(self) -> None:
+        self._check_filled(self.stack[-3], dict, OrderedDict, Counter)
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        self._check_filled(self.metastack[-1][-1], dict, OrderedDict, Counter)
+        super().load_setitems()
+
+    def load_binpersid(self) -> None:
+        pid = self.stack[-1]
+        # The old format has numbers; it also knows modules, with their source.
+        if type(pid) is not int and not (type(pid) is tuple and pid[:1] in (
+                ('storage',), (b'storage',))):
+            raise pickle.UnpicklingError('Unsupported persistent id')
+        super().load_binpersid()
+
+    def refuse(self) -> None:
+        raise pickle.UnpicklingError('Unsupported instruction')
+
+    dispatch.update({
+        pickle.REDUCE[0]: load_reduce, pickle.NEWOBJ[0]: load_newobj, pickle.BUILD[0]: load_build,
+        pickle.APPEND[0]: load_append, pickle.APPENDS[0]: load_appends,
+        pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems,
+        pickle.BINPERSID[0]: load_binpersid})
+    # Other ways to make objects, which no writer of checkpoints takes.
+    dispatch.update(dict.fromkeys(
+        (code[0] for code in (pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2,
+                              pickle.EXT4, pickle.ADDITEMS, pickle.PERSID)), refuse))
+
+
+def load(file: BinaryIO, **kwargs: Any) -> Any:
+    """What ``pickle.load`` is to pickle; torch calls it for files of its old format."""
+    return Unpickler(file, **kwargs).load()
