@@ -27,7 +27,7 @@ from mmengine.model import weight_init
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from torch import nn
 
-from . import unpickling
+from . import crash_safety, unpickling
 from .layers import (
     KWConv1d,
     KWConv2d,
@@ -52,6 +52,7 @@ def apply() -> None:
     given, mmengine count ours; may run again."""
     allow_mmengine_checkpoints()
     let_mmengine_refuse_checkpoints()
+    crash_safety.apply()
     patch_pytorch_launcher()
     let_initialisers_take_kw_layers()
     let_mmcv_ops_take_bfloat16()

@@ -7,7 +7,6 @@ training that was interrupted.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +16,13 @@ import cv2
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 from mmengine.structures import PixelData
 
 from kw_mm.datasets import write_shapes
 from kw_mm.engine.local_training import find_trained, train_locally, use_shapes
+from kw_mm.files import read_json, write_json
+from kw_mm.resuming import find_whole_checkpoint
 from kw_mm.table import format_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,11 +102,10 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
 def train(args: argparse.Namespace) -> str:
     """Trains to the end, from wherever an earlier call got to, and notes the time it took."""
     record = Path(args.work_dir, TIME_FILE)
-    resumed = find_latest_checkpoint(args.work_dir) and record.exists()
-    before = json.loads(record.read_text()) if resumed else 0
+    before = read_json(record) if find_whole_checkpoint(args.work_dir).path else None
     start = time.perf_counter()
     trained = train_locally(ROOT / 'tools' / 'train.py', args.config, args.work_dir, options(args))
-    record.write_text(json.dumps(before + time.perf_counter() - start))
+    write_json(record, (before or 0) + time.perf_counter() - start)
     return trained
 
 
@@ -144,8 +144,7 @@ def enlarge_(sample: Any) -> None:
 
 def closing_table(runner: Runner, metrics: dict[str, float]) -> str:
     """What came out, in a few lines."""
-    record = Path(runner.work_dir, TIME_FILE)
-    seconds = json.loads(record.read_text()) if record.exists() else float('nan')
+    seconds = read_json(Path(runner.work_dir, TIME_FILE)) or float('nan')
     plan = runner.model.backbone.plan
     task = TASKS[runner.cfg.default_scope]
     return '\n' + format_table((task.title, ''), [

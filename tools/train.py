@@ -16,8 +16,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help='scale the learning rate with the total batch size')
     parser.add_argument('--resume', nargs='?', const='auto', metavar='PATH',
-                        help='go on from a checkpoint; without a path from the last one in the '
-                        'work directory')
+                        help='go on from a checkpoint; without a path from the newest whole one in '
+                        'the work directory, or from the beginning if there is none')
     launch.add_common_options(parser)
     return parser
 
@@ -26,26 +26,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
     cfg = launch.load_config(args)
-    resumed = False
+    start = cfg.get('load_from')
     try:
         if args.amp:
             launch.enable_amp_(cfg)
         if args.auto_scale_lr:
             launch.enable_auto_scale_lr_(cfg)
         if args.resume or cfg.get('resume'):
-            resumed = launch.set_resume_(cfg, args.resume or cfg.get('load_from') or 'auto')
-        elif cfg.get('load_from'):
-            launch.check_checkpoint(cfg.load_from)
+            launch.set_resume_(cfg, args.resume or start or 'auto')
+        elif start:
+            launch.check_checkpoint(start)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     runner = launch.build_runner(cfg)
+    try:
+        resumed = launch.choose_checkpoint_(runner, otherwise=start)
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
     if resumed:
-        launch.skip_initialisation_(runner)
+        launch.prepare_resume_(runner)
     try:
         with launch.strict_loading() if resumed else contextlib.nullcontext():
             runner.train()
     except launch.CheckpointMismatch as error:
         parser.error(str(error))
+    except launch.NotWrittenError as error:
+        parser.exit(1, f'{parser.prog}: error: {error}\n')
 
 
 if __name__ == '__main__':

@@ -12,18 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.hooks import EMAHook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 
 from ..checkpoint import check_checkpoint
 from ..compat import has_accelerator, prepare_cpu_ddp_
+from ..crash_safety import choose_checkpoint_
+from ..files import NotWrittenError
 from ..layers.loading import CheckpointMismatch, strict_loading
 
-__all__ = ['CheckpointMismatch', 'add_common_options', 'build_runner', 'check_checkpoint',
-           'config_path', 'enable_amp_', 'enable_auto_scale_lr_', 'enable_drawing_', 'enable_tta_',
-           'load_config', 'set_output_', 'set_resume_', 'skip_initialisation_', 'strict_loading']
+__all__ = ['CheckpointMismatch', 'NotWrittenError', 'add_common_options', 'build_runner',
+           'check_checkpoint', 'choose_checkpoint_', 'config_path', 'enable_amp_',
+           'enable_auto_scale_lr_', 'enable_drawing_', 'enable_tta_', 'load_config',
+           'prepare_resume_', 'set_output_', 'set_resume_', 'strict_loading']
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -107,37 +111,32 @@ def enable_auto_scale_lr_(cfg: Config) -> None:
     cfg.auto_scale_lr.enable = True
 
 
-def set_resume_(cfg: Config, resume: str) -> bool:
-    """Resumes from a checkpoint, or with ``'auto'`` from the last in the work directory, if any.
+def set_resume_(cfg: Config, resume: str) -> None:
+    """Resumes from a checkpoint, or with ``'auto'`` from the newest whole one in the work folder.
 
-    Returns:
-        Whether there is one.
+    Which that is, ``choose_checkpoint_`` says once there is a runner.
 
     Raises:
         FileNotFoundError: If the checkpoint does not exist.
-        ValueError: If it cannot be resumed from.
+        ValueError: If it is not whole or cannot be resumed from.
     """
     cfg.resume = True
     cfg.load_from = None if resume == 'auto' else resume
-    checkpoint = cfg.load_from or find_latest_checkpoint(cfg.work_dir)
-    if checkpoint is None:
-        return False
-    check_checkpoint(checkpoint, resume=True)
-    # The moving average is loaded by other means, of which strict_loading knows nothing.
-    for hook in cfg.get('custom_hooks') or []:
-        kind = hook.get('type') if isinstance(hook, dict) else None
-        if getattr(kind, '__name__', str(kind)).rpartition('.')[2] == 'EMAHook':
-            hook['strict_load'] = True
-    return True
+    if cfg.load_from:
+        check_checkpoint(cfg.load_from, resume=True)
 
 
-def skip_initialisation_(runner: Runner) -> None:
-    """Keeps a run from initialising a model whose every weight a checkpoint is about to set.
+def prepare_resume_(runner: Runner) -> None:
+    """Prepares a run for a checkpoint that is about to set every weight.
 
-    mmengine would first load what ``init_cfg`` names, which may be gone by then.
+    mmengine would first load what ``init_cfg`` names, which may be gone by then. And the moving
+    average is loaded by other means, of which ``strict_loading`` knows nothing.
     """
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     model.is_init = True
+    for hook in runner.hooks:
+        if isinstance(hook, EMAHook):
+            hook.strict_load = True
 
 
 def enable_drawing_(cfg: Config, show: bool, show_dir: str | None, wait_time: float) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.runner import find_latest_checkpoint
 
 from ..checkpoint import check_checkpoint
 from ..compat import has_accelerator
+from ..resuming import find_whole_checkpoint
 
 # On CPUs so many tensors are small that two processes of one thread each train faster than one
 # of two.
@@ -24,16 +24,16 @@ ENVIRONMENT = {'OMP_NUM_THREADS': '1', 'MALLOC_MMAP_MAX_': '0',
 
 
 def find_trained(work_dir: str, epochs: int) -> str | None:
-    """The last checkpoint in a folder if a training of so many epochs is finished there.
+    """The newest whole checkpoint of a folder if a training of so many epochs is finished there.
 
     Raises:
-        ValueError: If there is a checkpoint that cannot be read.
+        ValueError: If there are checkpoints and none of them can be used, though not for want of
+            a part.
     """
-    latest = find_latest_checkpoint(work_dir)
-    if latest is None:
+    found = find_whole_checkpoint(work_dir).path
+    if found is None:
         return None
-    done = check_checkpoint(latest, resume=True)['meta']['epoch']
-    return latest if done >= epochs else None
+    return found if check_checkpoint(found)['meta']['epoch'] >= epochs else None
 
 
 def train_locally(tool: Path, config: str, work_dir: str, changes: Mapping[str, Any]) -> str:
@@ -46,7 +46,7 @@ def train_locally(tool: Path, config: str, work_dir: str, changes: Mapping[str, 
         changes: Settings that replace those of the config, by dotted names.
 
     Returns:
-        The last checkpoint.
+        The newest whole checkpoint.
 
     Raises:
         subprocess.CalledProcessError: If the training fails.
@@ -60,7 +60,7 @@ def train_locally(tool: Path, config: str, work_dir: str, changes: Mapping[str, 
          '--work-dir', work_dir, '--resume', '--cfg-options',
          *(f'{name}={value}' for name, value in changes.items())],
         check=True, env={**ENVIRONMENT, **os.environ})
-    return find_latest_checkpoint(work_dir)
+    return find_whole_checkpoint(work_dir).path
 
 
 def use_shapes(folder: str, config: str) -> dict[str, str]:

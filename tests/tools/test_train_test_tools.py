@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.hooks import EMAHook
 
 from kw_mm.engine import launch
 
@@ -63,9 +64,14 @@ def run(monkeypatch):
             def __init__(self, cfg):
                 self.cfg = cfg
                 self.model = torch.nn.Module()
+                self.work_dir = cfg.work_dir
+                self.hooks = [EMAHook()]
+                self._resume, self._load_from = cfg.get('resume'), cfg.get('load_from')
 
             def train(self):
                 self.cfg.initialised = not getattr(self.model, 'is_init', False)
+                self.cfg.strict_average = self.hooks[0].strict_load
+                self.cfg.resume, self.cfg.load_from = self._resume, self._load_from
                 calls.append(self.cfg)
 
             def test(self):
@@ -137,11 +143,35 @@ def test_auto_scale_lr(run, error):
 def test_resume(run):
     cfg = run('train', 'det.py', '--resume', 'whole.pth')
     assert (cfg.resume, cfg.load_from, cfg.initialised) == (True, 'whole.pth', False)
-    # Nothing to resume from yet: a fresh start.
-    cfg = run('train', 'det.py', '--resume', '--cfg-options', 'load_from=weights.pth')
-    assert (cfg.resume, cfg.load_from, cfg.initialised) == (True, None, True)
+    assert cfg.strict_average
     cfg = run('train', 'det.py', '--cfg-options', 'load_from=https://host/weights.pth')
     assert (cfg.get('resume'), cfg.load_from) == (None, 'https://host/weights.pth')
+    assert not cfg.strict_average
+
+
+def test_resume_from_the_work_directory(run, folder, monkeypatch):
+    said = []
+    monkeypatch.setattr('kw_mm.crash_safety.print_log', lambda text, *args: said.append(text))
+    # Nothing to resume from yet: a fresh start, as without --resume.
+    cfg = run('train', 'det.py', '--resume')
+    assert (cfg.resume, cfg.load_from, cfg.initialised) == (False, None, True)
+    cfg = run('train', 'det.py', '--resume', '--cfg-options', 'load_from=weights.pth')
+    assert (cfg.resume, cfg.load_from, cfg.initialised) == (False, 'weights.pth', True)
+    assert not cfg.strict_average
+    assert said[0].endswith('training starts from the beginning')
+    assert said[1].endswith('starts from the beginning, with the weights of weights.pth')
+    work_dir = folder / 'work_dirs' / 'det'
+    work_dir.mkdir(parents=True)
+    (work_dir / 'last_checkpoint').write_text(cut('cut.pth'))
+    cfg = run('train', 'det.py', '--resume')
+    assert (cfg.resume, cfg.load_from) == (False, None)
+    assert "'cut.pth' is cut off" in said[2]
+    path = os.path.join('work_dirs', 'det', 'epoch_1.pth')
+    os.rename('whole.pth', path)
+    cfg = run('train', 'det.py', '--resume', '--cfg-options', 'load_from=gone.pth')
+    assert (cfg.resume, cfg.load_from, cfg.initialised) == (True, path, False)
+    assert cfg.strict_average
+    assert said[3].startswith(f'Resuming from {path}, the newest whole checkpoint; checkpoint ')
 
 
 def test_resume_errors(error, folder):
@@ -150,11 +180,28 @@ def test_resume_errors(error, folder):
     assert "'det.py' is cut off or no checkpoint" in error('train', 'det.py', '--resume', 'det.py')
     assert "'weights.pth' cannot be resumed from, it has no ['message_hub']" in error(
         'train', 'det.py', '--resume', 'weights.pth')
-    (folder / 'work_dirs' / 'det').mkdir(parents=True)
-    (folder / 'work_dirs' / 'det' / 'last_checkpoint').write_text('cut.pth')
-    assert "'cut.pth' is cut off" in error('train', 'det.py', '--resume')
+    data = bytearray(Path('weights.pth').read_bytes())
+    data[len(data) // 2] ^= 1
+    Path('damaged.pth').write_bytes(data)
+    assert "'damaged.pth' is damaged" in error('train', 'det.py', '--resume', 'damaged.pth')
     assert "'cut.pth' is cut off" in error(
         'train', 'det.py', '--cfg-options', 'load_from=cut.pth')
+    (folder / 'work_dirs' / 'det').mkdir(parents=True)
+    os.rename('weights.pth', folder / 'work_dirs' / 'det' / 'epoch_1.pth')
+    assert "nothing in 'work_dirs/det' can be resumed from" in error('train', 'det.py', '--resume')
+    assert "checkpoint 'no.pth' does not exist" in error(
+        'train', 'seg.py', '--resume', '--cfg-options', 'load_from=no.pth')
+
+
+def test_a_full_disk_is_told_without_a_traceback(run, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise launch.NotWrittenError("'epoch_1.pth' cannot be written: No space left on device")
+
+    monkeypatch.setattr(torch.nn.Module, 'is_init', property(full), raising=False)
+    with pytest.raises(SystemExit) as exit_:
+        run('train', 'det.py')
+    assert exit_.value.code == 1
+    assert "error: 'epoch_1.pth' cannot be written: No space" in capsys.readouterr().err
 
 
 def test_missing_config(error):

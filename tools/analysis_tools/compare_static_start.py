@@ -7,7 +7,6 @@ the same way, once for each seed. What an earlier call finished is used again.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from mmengine.runner import Runner
 
 from kw_mm.datasets import write_shapes
 from kw_mm.engine.local_training import find_trained, train_locally, use_shapes
+from kw_mm.files import read_json, write_json
 from kw_mm.table import format_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for seed in args.seeds:
             tuned = train(args, config, folder / f'{name}_seed{seed}', seed, start)
             results[name].append(test(args, config, tuned, folder / f'{name}_seed{seed}'))
-    (folder / 'results.json').write_text(json.dumps(dict(seeds=args.seeds, **results), indent=1))
+    write_json(folder / 'results.json', dict(seeds=args.seeds, **results), indent=1)
     print(table(results))
     for name, (start, *_) in results.items():
         lost = max(abs(start[m] - results['r18'][0][m]) for m in METRICS)
@@ -92,8 +92,9 @@ def convert(name: str, static: str, folder: Path) -> str:
 def test(args: argparse.Namespace, config: str, checkpoint: str, work_dir: Path) -> dict:
     """Box and mask AP of a checkpoint."""
     record = work_dir / 'test.json'
-    if record.exists():
-        return json.loads(record.read_text())
+    known = read_json(record)
+    if known is not None:
+        return known
     path = str(CONFIGS / f'{config}.py')
     cfg = Config.fromfile(path)
     cfg.merge_from_dict(use_shapes(args.data, path))
@@ -101,7 +102,7 @@ def test(args: argparse.Namespace, config: str, checkpoint: str, work_dir: Path)
     cfg.load_from = checkpoint
     metrics = Runner.from_cfg(cfg).test()
     found = {name: metrics[key] for name, key in METRICS.items()}
-    record.write_text(json.dumps(found))
+    write_json(record, found)
     return found
 
 
