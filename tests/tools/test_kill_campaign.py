@@ -1,0 +1,59 @@
+"""tools/analysis_tools/kill_campaign.py on a detector and a segmentor."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kw_mm.datasets import write_shapes
+
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / 'tools' / 'analysis_tools' / 'kill_campaign.py'
+CONFIGS = ROOT / 'configs' / 'demo'
+
+DETECTOR = """
+_base_ = {base!r}
+train_cfg = dict(max_epochs=3)
+train_dataloader = dict(batch_size=4)
+model = dict(backbone=dict(base_channels=8), neck=dict(in_channels=[8, 16, 32, 64]))
+"""
+# By iterations, as segmentors are trained elsewhere.
+SEGMENTOR = """
+_base_ = {base!r}
+train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=6, val_interval=6)
+train_dataloader = dict(batch_size=4, sampler=dict(type='InfiniteSampler'))
+param_scheduler = [dict(type='PolyLR', power=0.9, eta_min=1e-4, begin=0, end=6, by_epoch=False)]
+default_hooks = dict(checkpoint=dict(by_epoch=False, interval=2))
+log_processor = dict(by_epoch=False)
+model = dict(backbone=dict(base_channels=8), neck=dict(in_channels=[8, 16, 32]))
+"""
+
+
+def changes(data, config):
+    """What points a config to the data."""
+    loaders = [f'{split}_dataloader.dataset.data_root={data}/'
+               for split in ('train', 'val', 'test')]
+    metrics = [f'{split}_evaluator.ann_file={data}/annotations/instances_val.json'
+               for split in ('val', 'test')] if 'mask' in config else []
+    return ['--cfg-options', *loaders, *metrics]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('base, text', [
+    ('mask-rcnn_kw1x-r18_fpn_shapes.py', DETECTOR), ('fpn_kw1x-r18_shapes.py', SEGMENTOR)],
+    ids=['detector', 'segmentor'])
+def test_a_few_kills(tmp_path, base, text):
+    data = write_shapes(tmp_path / 'shapes', num_train=8, num_val=2, size=64).root
+    config = tmp_path / 'small.py'
+    config.write_text(text.format(base=str(CONFIGS / base)))
+
+    def run(*argv):
+        return subprocess.run(
+            [sys.executable, TOOL, config, '--work-dir', tmp_path / 'runs', *argv],
+            cwd=ROOT, capture_output=True, text=True)
+
+    done = run('--kills', '4', *changes(data, base))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert 'together' in done.stdout and ': the same; 4 kills so far' in done.stdout
+    again = run()
+    assert again.returncode == 2 and 'exists already' in again.stderr
