@@ -55,7 +55,8 @@ def _encode(text: str, encoding: str) -> bytes:
 # Of plain Python; old versions of torch lack some of them.
 _PLAIN = {'_codecs.encode': _encode, 'builtins.bytearray': bytearray, 'builtins.complex': complex,
           'builtins.set': set, 'collections.Counter': Counter,
-          'collections.OrderedDict': OrderedDict, 'torch.device': torch.device}
+          'collections.OrderedDict': OrderedDict, 'torch.device': torch.device,
+          **{str(kind): kind for kind in vars(torch).values() if isinstance(kind, torch.dtype)}}
 
 
 class Unpickler(pickle._Unpickler):  # the one written in C calls whatever is on the stack
