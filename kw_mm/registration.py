@@ -5,10 +5,8 @@ from MMDetection and MMSegmentation configs alike.
 """
 from __future__ import annotations
 
-from mmcv.cnn import Conv2d, Conv3d, Linear
 from mmengine.registry import HOOKS, MODELS, WEIGHT_INITIALIZERS
 
-from .convert import treat_as_plain
 from .engine.hooks import KWTemperatureHook, RandomStateHook
 from .layers import KWConv1d, KWConv2d, KWConv3d, KWLinear
 from .models import KWConverted, KWConvNeXt, KWMobileNetV2, KWResNet, StaticPretrained
@@ -25,6 +23,3 @@ def register_all() -> None:
     WEIGHT_INITIALIZERS.register_module(module=StaticPretrained)
     for hook in (KWTemperatureHook, RandomStateHook):
         HOOKS.register_module(module=hook)
-    # mmcv's wrappers differ for empty batches under torch 1.4 alone; its transformers use Linear.
-    for wrapper in (Conv2d, Conv3d, Linear):
-        treat_as_plain(wrapper)

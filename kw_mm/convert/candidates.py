@@ -14,15 +14,20 @@ from torch.nn.utils import parametrize
 
 from ..layers import KWConv1d, KWConv2d, KWConv3d, KWLinear, WarehouseManager
 from ..plan import MIN_WIDTH, ConvSpec
+from .forms import (
+    CONVERTIBLE,
+    PlainConv,
+    check_form,
+    find_base,
+    find_form,
+    has_own_form,
+    read_plain,
+)
 from .surgery import all_paths, hidden_references
 
 FilterFn = Optional[Callable[[nn.Module, str], bool]]
 
 KW_LAYERS = (KWConv1d, KWConv2d, KWConv3d, KWLinear)
-
-# Exactly these types; a subclass may compute something else.
-CONVERTIBLE: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Conv1d: KWConv1d, nn.Conv2d: KWConv2d, nn.Conv3d: KWConv3d, nn.Linear: KWLinear}
 
 _HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks',
           '_state_dict_hooks', '_state_dict_pre_hooks', '_load_state_dict_pre_hooks',
@@ -36,11 +41,13 @@ class Candidate:
     Attributes:
         module: The layer.
         names: Its paths, more than one where it is shared.
+        plain: What it computes as a plain layer, without values.
         reservation: Why it stays static unless a group asks for it by name, or None.
     """
 
     module: nn.Module
     names: tuple[str, ...]
+    plain: PlainConv
     reservation: str | None = None
 
     @property
@@ -51,31 +58,15 @@ class Candidate:
     @property
     def kw_type(self) -> type[nn.Module]:
         """The class that takes its place."""
-        return CONVERTIBLE[type(self.module)]
+        return CONVERTIBLE[find_base(type(self.module))]
 
     @property
     def spec(self) -> ConvSpec:
         """Its geometry."""
-        bias = self.module.bias is not None
-        if self.kw_type is KWLinear:
-            return ConvSpec(self.name, self.module.in_features, self.module.out_features, (1,),
-                            bias=bias)
-        return ConvSpec(self.name, self.module.in_channels, self.module.out_channels,
-                        self.module.kernel_size, self.module.groups, bias)
-
-
-def treat_as_plain(subclass: type[nn.Module]) -> None:
-    """Declares that a subclass of a convertible type computes what that type does.
-
-    Raises:
-        TypeError: If it is no such subclass.
-    """
-    for base in subclass.__mro__[1:]:
-        if base in CONVERTIBLE:
-            CONVERTIBLE[subclass] = CONVERTIBLE[base]
-            return
-    raise TypeError('subclass must derive from one of '
-                    f'{[t.__name__ for t in CONVERTIBLE]}, got {subclass!r}')
+        # A linear layer is the 1x1 convolution over its tokens.
+        return ConvSpec(self.name, self.plain.in_channels, self.plain.out_channels,
+                        self.plain.kernel_size or (1,), self.plain.groups,
+                        self.plain.bias is not None)
 
 
 def find_candidates(root: nn.Module, filter_fn: FilterFn,
@@ -90,6 +81,10 @@ def find_candidates(root: nn.Module, filter_fn: FilterFn,
     Returns:
         The candidates, and name and reason of each layer that has to stay static. KW layers
         and what is inside them are in neither.
+
+    Raises:
+        TypeError: If what is declared of a type returns something else than a ``PlainConv``.
+        ValueError: If it is not what a layer of the type computes.
     """
     paths = all_paths(root)
     inside_kw = {inner for module in paths if isinstance(module, (*KW_LAYERS, WarehouseManager))
@@ -111,7 +106,11 @@ def find_candidates(root: nn.Module, filter_fn: FilterFn,
         if reason is None and filter_fn and not all(filter_fn(module, name) for name in names):
             reason = 'left out by filter_fn'
         if reason is None:
-            candidates.append(Candidate(module, names, _reservation(root, module, names)))
+            plain = read_plain(module, names[0])
+            reason = _check_declared(module, plain, names[0])
+        if reason is None:
+            candidates.append(Candidate(module, names, plain.without_values(),
+                                        _reservation(root, module, names)))
         else:
             static.append((names[0], reason))
     return candidates, static
@@ -119,7 +118,7 @@ def find_candidates(root: nn.Module, filter_fn: FilterFn,
 
 def _unsupported_type(module: nn.Module) -> str | None:
     name = type(module).__name__
-    if type(module) in CONVERTIBLE:
+    if find_form(type(module)):
         return None
     if parametrize.is_parametrized(module):
         return 'its weight is parametrized'
@@ -136,10 +135,24 @@ def _unsupported_state(module: nn.Module) -> str | None:
         return 'it has hooks'
     if 'forward' in vars(module):
         return 'its forward is replaced'
-    if set(module._parameters) != {'weight', 'bias'} or module._buffers or module._modules:
+    if has_own_form(module):
+        # What else it has itself is the declared form's business.
+        if any(child.state_dict() for child in module.children()):
+            return 'it has modules with parameters or buffers inside'
+    elif set(module._parameters) != {'weight', 'bias'} or module._buffers or module._modules:
         return 'it has other parameters or buffers than a weight and a bias'
     if not module.weight.is_floating_point():
         return f'its weight is {module.weight.dtype}'
+    return None
+
+
+def _check_declared(module: nn.Module, plain: PlainConv, name: str) -> str | None:
+    """Whether a layer does what was declared of its type, and why it cannot be converted if so."""
+    if type(module) in CONVERTIBLE:
+        return None
+    if not plain.weight.is_meta and not plain.weight.isfinite().all():
+        return 'its effective weight is not finite'
+    check_form(module, plain, name)
     return None
 
 

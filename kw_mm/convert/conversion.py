@@ -13,6 +13,7 @@ from ..config import WarehouseConfig
 from ..layers import KWLinear, WarehouseManager, start_from_static_
 from ..plan import Warehouse, WarehousePlan
 from .candidates import KW_LAYERS, Candidate, FilterFn, find_candidates
+from .forms import PlainConv, has_own_form, read_plain
 from .grouping import (
     ATTENTION_BOUND,
     Groups,
@@ -21,6 +22,7 @@ from .grouping import (
     plan_groups,
     where_kept,
 )
+from .origin import Origin
 from .surgery import swap_
 
 logger = logging.getLogger(__name__)
@@ -41,13 +43,16 @@ def convert_to_kw_(module: nn.Module, kw_cfg: WarehouseConfig | Mapping[str, Any
     afterwards.
 
     Converted is what is exactly an ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``, and with
-    ``linear`` an ``nn.Linear``. What stays static, and why, is in ``plan.static``:
+    ``linear`` an ``nn.Linear``, or of a type known or declared to compute the same in its own way
+    (``treat_as_plain``): mmcv's and timm's convolutions that pad their input by its size or
+    standardise their weight. The weight that such a layer convolves with is the one that its KW
+    layer starts from. What stays static, and why, is in ``plan.static``:
 
-    - subclasses (deformable, weight-standardised, lazy, ..., but see ``treat_as_plain``) and
-      transposed convolutions;
-    - layers with hooks, parametrizations (weight and spectral norm), further parameters or a
-      replaced ``forward``, with a parameter that another module has too, or that an
-      attribute holds beside the module tree;
+    - other subclasses (deformable, lazy, ...; those of known types, too) and transposed
+      convolutions;
+    - layers with hooks, parametrizations (weight and spectral norm), parameters that their type
+      does not have, or a replaced ``forward``, with a parameter that another module has too, or
+      that an attribute holds beside the module tree;
     - what ``filter_fn`` leaves out;
     - unless a group asks for it: linear layers inside an attention (a module whose name or class
       says attention, attn or MSA), layers with fewer than 16 input channels, everything inside a
@@ -77,8 +82,10 @@ def convert_to_kw_(module: nn.Module, kw_cfg: WarehouseConfig | Mapping[str, Any
         The plan, which prints as a table with what stayed static; ``plan.start`` has the errors.
 
     Raises:
-        TypeError: If an argument is of a wrong type.
-        ValueError: If the module is itself a layer (``KWConv2d.from_conv`` makes a new one), a
+        TypeError: If an argument is of a wrong type, or what ``treat_as_plain`` was given returns
+            something of a wrong type.
+        ValueError: If a layer does not compute what is declared of its type; if the module is
+            itself a layer (``KWConv2d.from_conv`` makes a new one), a
             list, or a wrapper; has a ``warehouse_manager`` already, as after an earlier
             conversion; if nothing is left to convert; if a group matches nothing, two match one
             layer, or the layers of one cannot share; or if a setting is out of range.
@@ -116,12 +123,13 @@ class Conversion:
             cells.data = cells.data.to(weights[0].device, weights[0].dtype)
             cells.requires_grad = any(weight.requires_grad for weight in weights)
         manager.train(self.module.training)
-        made = {c.module: c.kw_type.like(c.module, manager=manager, name=c.name)
-                for c in self.layers}
+        made, starts = {}, []
+        for candidate in self.layers:
+            plain = read_plain(candidate.module, candidate.name)
+            made[candidate.module], conv = _make(candidate, plain, manager)
+            starts.append((conv, plain.weight, plain.bias))
         if start:
-            manager.plan = replace(self.plan, start=start_from_static_(
-                (new.conv if isinstance(new, KWLinear) else new, old.weight, old.bias)
-                for old, new in made.items()))
+            manager.plan = replace(self.plan, start=start_from_static_(starts))
             logger.info('%s', manager.plan.start)
         swap_(self.module, made)
         setattr(self.module, MANAGER, manager)
@@ -130,6 +138,17 @@ class Conversion:
     def _members(self, warehouse: Warehouse) -> list[Candidate]:
         names = {layer.spec.name for layer in warehouse.layers}
         return [candidate for candidate in self.layers if candidate.name in names]
+
+
+def _make(candidate: Candidate, plain: PlainConv,
+          manager: WarehouseManager) -> tuple[nn.Module, nn.Module]:
+    """A new layer for a static one, and the convolution that it is or has inside."""
+    layer = candidate.kw_type.like(plain, manager=manager, name=candidate.name)
+    conv = layer.conv if isinstance(layer, KWLinear) else layer
+    conv.pad_input = plain.pad_input
+    if has_own_form(candidate.module):
+        conv.origin = Origin.of(candidate.module)
+    return layer, conv
 
 
 def plan_conversion(module: nn.Module,

@@ -18,8 +18,10 @@ def start_from_state_dict_(module: nn.Module, state_dict: Mapping[str, Tensor]) 
     """Starts a KW network from the state dict of the same network before conversion.
 
     KW layers start as static ones with ``<layer>.weight`` and ``<layer>.bias`` do, see
-    ``start_from_static_``; everything else is loaded by name. Shapes may differ in dimensions of
-    size 1, so that a linear layer's weight fits a 1x1 convolution.
+    ``start_from_static_``. Where the static layer made the weight that it convolves with from what
+    it stores (see ``treat_as_plain``), the same is done here. Everything else is loaded by name.
+    Shapes may differ in dimensions of size 1, so that a linear layer's weight fits a 1x1
+    convolution.
 
     Args:
         module: Holds KW layers anywhere inside, of any number of warehouse managers.
@@ -36,16 +38,28 @@ def start_from_state_dict_(module: nn.Module, state_dict: Mapping[str, Tensor]) 
     if not layers:
         raise ValueError(f'module must hold KW layers, got {type(module).__name__} without any')
     shapes = static_shapes(module)
-    optional = {key for key in shapes if key.endswith('num_batches_tracked')}
+    optional = {key for key in shapes if key.endswith('num_batches_tracked')} | {
+        f'{name}.{key}' for layer, names in layers.items() if layer.origin
+        for key in layer.origin.optional() for name in names}
     check_keys(shapes, {k: tuple(v.shape) for k, v in state_dict.items()}, optional)
     fitted = {key: tensor.reshape(shapes[key]) for key, tensor in state_dict.items()}
     report = start_from_static_(
-        (layer, fitted.pop(f'{names[0]}.weight'), fitted.pop(f'{names[0]}.bias', None))
-        for layer, names in layers.items())
+        (layer, *_static_tensors(layer, names[0], fitted)) for layer, names in layers.items())
     own = module.state_dict()
     # What starts from static weights is there already; a KW layer is loaded whole or not at all.
     module.load_state_dict({**own, **{k: v for k, v in fitted.items() if k in own}}, strict=False)
     return _with_paths(report, layers)
+
+
+def _static_tensors(layer: nn.Module, name: str,
+                    state_dict: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """The weight and bias with which the static layer at a path convolves."""
+    if layer.origin is None:
+        return state_dict[f'{name}.weight'], state_dict.get(f'{name}.bias')
+    own = {key: state_dict[f'{name}.{key}'] for key in layer.origin.shapes()
+           if f'{name}.{key}' in state_dict}
+    plain = layer.origin.read(own, name)
+    return plain.weight, plain.bias
 
 
 def _with_paths(report: StartReport,
@@ -83,10 +97,10 @@ def static_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
         if isinstance(owner, WarehouseManager) for name in names)
     shapes = {}
     for layer, names in layers.items():
-        for name in names:
-            shapes[f'{name}.weight'] = layer.plan.spec.weight_shape
-            if layer.bias is not None:
-                shapes[f'{name}.bias'] = tuple(layer.bias.shape)
+        own = layer.origin.shapes() if layer.origin else dict(
+            weight=layer.plan.spec.weight_shape,
+            **{} if layer.bias is None else dict(bias=tuple(layer.bias.shape)))
+        shapes.update((f'{name}.{key}', shape) for name in names for key, shape in own.items())
     shapes.update((key, tuple(value.shape)) for key, value in module.state_dict().items()
                   if not key.startswith(prefixes) and isinstance(value, Tensor))
     return shapes

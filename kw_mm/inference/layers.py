@@ -108,7 +108,8 @@ class OptimizedConv(CellUser):
                  storage_dtype: torch.dtype | None = None) -> None:
         super().__init__()
         for name in ('num_dims', 'in_channels', 'out_channels', 'kernel_size', 'stride', 'padding',
-                     'dilation', 'groups', 'padding_mode', 'pads', 'output_padding', 'plan'):
+                     'dilation', 'groups', 'padding_mode', 'pads', 'pad_input', 'output_padding',
+                     'plan'):
             setattr(self, name, getattr(conv, name))
         self._use_manager(conv.manager, 'warehouse_manager' in conv._modules)
         self.attention = OptimizedAttention(conv.attention)

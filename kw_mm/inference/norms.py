@@ -15,7 +15,8 @@ def find_norms(root: nn.Module, convs: tuple[type[nn.Module], ...]) -> dict[nn.M
     Certain is: neighbours in an ``nn.Sequential``, mmcv's ``ConvModule`` in that order (neither
     with a forward of a subclass), and what a module names in ``conv_norm_pairs``. Convolutions and
     norms with several places, a reference beside the module tree or a hook, as spectral norm has,
-    are left out, and so are norms without running statistics.
+    are left out, and so are norms without running statistics and those that do more than
+    normalise (timm's, which have an activation inside).
 
     Args:
         root: Where to look.
@@ -28,6 +29,7 @@ def find_norms(root: nn.Module, convs: tuple[type[nn.Module], ...]) -> dict[nn.M
 
     return {conv: norm for parent in root.modules() for conv, norm in _neighbours(parent)
             if type(conv) in convs and isinstance(norm, _BatchNorm)
+            and type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
             and norm.running_mean is not None and is_single(conv) and is_single(norm)}
 
 

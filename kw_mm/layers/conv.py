@@ -44,6 +44,8 @@ def convolve(layer: nn.Module, x: Tensor, make_kernel: Callable[[Tensor], Tensor
         raise ValueError(f'x must be (N, {layer.in_channels}) and {layer.num_dims} spatial '
                          f'dimension(s), got {tuple(x.shape)}')
     kernel = make_kernel(x)
+    if layer.pad_input is not None:
+        x = in_order(layer.pad_input(x), is_channels_last(x))
     padding = layer.padding
     if layer.padding_mode != 'zeros':
         x = in_order(F.pad(x, layer.pads, mode=layer.padding_mode), is_channels_last(x))
@@ -120,6 +122,8 @@ class _KWConvNd(CellUser):
 
     transposed = False  # read by mmcv.cnn.ConvModule, as output_padding is
     is_init = False  # read by mmengine before it calls init_weights
+    # What a static layer of another type, in whose place it is, stores; kw_mm.convert sets it.
+    origin = None
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int | Sequence[int],
                  stride: int | Sequence[int] = 1, padding: int | Sequence[int] | str = 0,
@@ -137,6 +141,8 @@ class _KWConvNd(CellUser):
         self.padding_mode = padding_mode
         self.output_padding = (0,) * self.num_dims
         self.padding = self._check_padding(padding)
+        # A module that the input goes through first, or None; kw_mm.convert sets it.
+        self.pad_input = None
         spec = ConvSpec(name, in_channels, out_channels, self.kernel_size, groups, bool(bias))
         if manager is None:
             self._use_manager(WarehouseManager(plan_warehouses([spec], kw_cfg), device, dtype),

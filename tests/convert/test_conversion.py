@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, weight_norm
 
 from kw_mm import KWConv1d, KWConv2d, KWLinear, KWResNet, convert_to_kw_, set_temperature
 from kw_mm.convert import plan_conversion, treat_as_plain
-from kw_mm.convert.candidates import CONVERTIBLE
+from kw_mm.convert.forms import FORMS
 from kw_mm.layers import Attention, WarehouseManager
 
 MODULES = {
@@ -376,15 +376,28 @@ def test_a_sequential_still_runs_with_its_manager_inside(x):
     torch.testing.assert_close(net(x), expected)
 
 
+class Named(nn.Conv2d):
+    """A plain convolution under another name."""
+
+
 def test_treat_as_plain(net):
-    net.layer2[2] = Scaled(32, 32, 1).double()
+    net.layer2[2] = Named(32, 32, 1).double()
     with pytest.raises(TypeError, match=r"one of \['Conv1d', 'Conv2d', .*got .*ReLU"):
         treat_as_plain(nn.ReLU)
+    treat_as_plain(Named)
     treat_as_plain(Scaled)
     try:
         assert isinstance(convert_to_kw_(net) and net.layer2[2], KWConv2d)
+        # What does something else is told, not converted to what it is not.
+        other = Net()
+        other.layer2[2] = Scaled(32, 32, 1)
+        with pytest.raises(ValueError, match="declared for Scaled must compute what layer 'layer2"
+                                             ".2' does .* outputs differ by 5.0e-01"):
+            convert_to_kw_(other)
+        other.layer2[2] = buffered(Named(32, 32, 1))
+        assert 'other parameters or buffers' in dict(convert_to_kw_(other).static)['layer2.2']
     finally:
-        del CONVERTIBLE[Scaled]
+        del FORMS[Named], FORMS[Scaled]
 
 
 def test_whole_kernels_share_by_kernel_size():

@@ -47,6 +47,18 @@ def test_norms_of_the_image_stay(norm):
     check(nn.Sequential(kw(), norm, nn.Conv2d(4, 4, 1), copy.deepcopy(norm)), 0)
 
 
+class NormAct(nn.BatchNorm2d):
+    """As timm has it: one module for norm and activation."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+def test_norms_that_do_more_than_normalise_stay():
+    # The activation went with the norm.
+    check(nn.Sequential(kw(), NormAct(4), nn.Conv2d(4, 4, 1), NormAct(4)), 0)
+
+
 def test_norms_without_weights_are_folded():
     check(nn.Sequential(kw(), nn.BatchNorm2d(4, affine=False)), 1)
 

@@ -1,0 +1,226 @@
+"""Types of layers that compute a convolution in their own way, and what that convolution is."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..layers import KWConv1d, KWConv2d, KWConv3d, KWLinear
+
+# What is converted, and to what. Subclasses may compute something else, unless they are declared.
+CONVERTIBLE: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: KWConv1d, nn.Conv2d: KWConv2d, nn.Conv3d: KWConv3d, nn.Linear: KWLinear}
+
+_BY_DIMS = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+
+
+@dataclass(frozen=True, eq=False)
+class PlainConv:
+    """What a layer computes, as a convolution or linear layer of torch's: its settings and weights.
+
+    Attributes:
+        weight: The weight with which it convolves, ``(out, in / groups, *k)``; ``(out, in)`` of a
+            linear layer, for which no more than the bias applies of what follows.
+        bias: ``(out,)`` or None.
+        stride: As that of ``nn.Conv2d``; so are the next four.
+        padding: Added after ``pad_input``.
+        dilation: Spacing of the kernel's positions.
+        groups: Convolution groups.
+        padding_mode: ``'zeros'``, ``'reflect'``, ``'replicate'`` or ``'circular'``.
+        pad_input: A module without parameters that the input goes through first, for padding that
+            depends on the input's size, say; or None.
+        training: Whether the layer is in training mode.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    stride: int | Sequence[int] = 1
+    padding: int | Sequence[int] | str = 0
+    dilation: int | Sequence[int] = 1
+    groups: int = 1
+    padding_mode: str = 'zeros'
+    pad_input: nn.Module | None = None
+    training: bool = True
+
+    @classmethod
+    def of(cls, layer: nn.Module, **changes: Any) -> PlainConv:
+        """What a layer would compute if it were plain, with some fields changed.
+
+        Args:
+            layer: Has torch's attributes: ``weight``, ``bias``, ``stride``, ...
+            changes: Fields that are otherwise.
+        """
+        own = {field.name: getattr(layer, field.name) for field in fields(cls)
+               if field.name != 'pad_input' and hasattr(layer, field.name)}
+        return cls(**{**own, **changes})
+
+    @property
+    def in_channels(self) -> int:
+        """Input channels, all groups together."""
+        return self.weight.shape[1] * self.groups
+
+    @property
+    def out_channels(self) -> int:
+        """Output channels."""
+        return self.weight.shape[0]
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        """One entry for each spatial dimension, none for a linear layer."""
+        return tuple(self.weight.shape[2:])
+
+    # As a linear layer has them.
+    in_features, out_features = in_channels, out_channels
+
+    def without_values(self) -> PlainConv:
+        """The same with tensors that have a shape only."""
+        return replace(self, weight=self.weight.detach().to('meta'),
+                       bias=None if self.bias is None else self.bias.detach().to('meta'))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What the layer makes of ``x``, computed by torch's own layer."""
+        tensors = {'weight': self.weight}
+        if self.bias is not None:
+            tensors['bias'] = self.bias
+        if not self.kernel_size:
+            layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, 'meta')
+        else:
+            layer = _BY_DIMS[self.weight.dim()](
+                self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding,
+                self.dilation, self.groups, self.bias is not None, self.padding_mode, 'meta')
+        x = x if self.pad_input is None else self.pad_input(x)
+        return functional_call(layer, tensors, (x,))
+
+
+def as_it_stands(layer: nn.Module) -> PlainConv:
+    """The form of what computes just what its settings and its weight say."""
+    return PlainConv.of(layer)
+
+
+Form = Callable[[nn.Module], PlainConv]
+
+# By type, or by the path of a type (``package.module.Class``) in a package that may be missing.
+FORMS: dict[type[nn.Module] | str, Form] = {kind: as_it_stands for kind in CONVERTIBLE}
+
+
+def treat_as_plain(subclass: type[nn.Module] | str, form: Form | None = None) -> None:
+    """Declares what a subclass of a convertible type computes, so that it is converted.
+
+    It counts for exactly this type, not for subclasses of it, and replaces what was declared
+    before. ``convert_to_kw_`` compares each such layer with what its form says, on a random input.
+
+    Args:
+        subclass: Of ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d`` or ``nn.Linear``; or its path,
+            ``'package.module.Class'``, so that it need not be imported.
+        form: Returns the ``PlainConv`` that a layer of the type amounts to. It is called in
+            ``no_grad``, again whenever a static state dict is loaded, and may not change the
+            layer. None if the type computes what the one that it derives from does.
+
+    Raises:
+        TypeError: If ``subclass`` is neither, or ``form`` cannot be called.
+        ValueError: If the path is none.
+    """
+    if isinstance(subclass, str):
+        if not all(map(str.isidentifier, subclass.split('.'))) or '.' not in subclass:
+            raise ValueError("subclass must be a type or a path like 'package.module.Class', "
+                             f'got {subclass!r}')
+    elif not isinstance(subclass, type) or find_base(subclass) is None:
+        raise TypeError('subclass must derive from one of '
+                        f'{[t.__name__ for t in CONVERTIBLE]}, got {subclass!r}')
+    if form is not None and not callable(form):
+        raise TypeError('form must be a function from a layer to a PlainConv, or None, '
+                        f'got {form!r}')
+    FORMS[subclass] = form or as_it_stands
+
+
+def find_base(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """The convertible type that a type derives from, or is; None if there is none."""
+    return next((base for base in kind.__mro__ if base in CONVERTIBLE), None)
+
+
+def find_form(kind: type[nn.Module]) -> Form | None:
+    """What is declared of a type; None if nothing is."""
+    return FORMS.get(kind) or FORMS.get(f'{kind.__module__}.{kind.__qualname__}')
+
+
+def has_own_form(layer: nn.Module) -> bool:
+    """Whether a layer's state is more, or means something else, than a weight and a bias."""
+    return find_form(type(layer)) not in (None, as_it_stands)
+
+
+@torch.no_grad()
+def read_plain(layer: nn.Module, name: str) -> PlainConv:
+    """The plain convolution that a layer amounts to; it learns if the layer does.
+
+    Args:
+        layer: Of a convertible or declared type.
+        name: Its path, for messages.
+
+    Raises:
+        TypeError: If its form returns something else than a ``PlainConv``.
+        ValueError: If the weight in it has a wrong number of dimensions, or ``pad_input`` is no
+            module or has a state.
+    """
+    plain = find_form(type(layer))(layer)
+    if not has_own_form(layer):
+        return plain
+    label = f'the form declared for {type(layer).__name__} (layer {name!r})'
+    if not isinstance(plain, PlainConv):
+        raise TypeError(f'{label} must return a PlainConv, got {plain!r}')
+    base = find_base(type(layer))
+    if not isinstance(plain.weight, Tensor) or _BY_DIMS.get(plain.weight.dim()) is not base:
+        got = getattr(plain.weight, 'shape', plain.weight)
+        raise ValueError(f'{label} must return the weight of an nn.{base.__name__}, got {got!r}')
+    if plain.pad_input is not None and (
+            not isinstance(plain.pad_input, nn.Module) or plain.pad_input.state_dict()):
+        raise ValueError(f'{label} must return a module without parameters and buffers as '
+                         f'pad_input, or None, got {plain.pad_input!r}')
+    weight = plain.weight.detach()
+    return replace(plain, weight=weight.requires_grad_(layer.weight.requires_grad),
+                   training=layer.training)
+
+
+@torch.no_grad()
+def check_form(layer: nn.Module, plain: PlainConv, name: str) -> None:
+    """Compares a layer of a declared type with its form, on a small random input.
+
+    Raises:
+        ValueError: If they differ, or the form cannot be run.
+    """
+    weight = plain.weight
+    if weight.is_meta:
+        return
+    dilation = nn.modules.utils._ntuple(len(plain.kernel_size))(plain.dilation)
+    # One more than the kernel covers, then two more, ...: odd and even sizes.
+    size = [d * (k - 1) + 2 + i for i, (d, k) in enumerate(zip(dilation, plain.kernel_size))]
+    # A generator of its own, so that what is drawn afterwards does not depend on the check.
+    x = torch.randn(2, plain.in_channels, *size, generator=torch.Generator().manual_seed(0))
+    x = x.to(weight.device, weight.dtype)
+    training = layer.training
+    layer.eval()
+    try:
+        # Without cuDNN, which would round to TF32.
+        with torch.backends.cudnn.flags(enabled=False):
+            expected = layer(x)
+            actual = plain(x)
+    except Exception as error:
+        raise ValueError(f'{_told(layer, name)}, but running both fails: {error}') from error
+    finally:
+        layer.train(training)
+    if actual.shape != expected.shape:
+        raise ValueError(f'{_told(layer, name)}, but its output is of shape '
+                         f"{tuple(actual.shape)}, the layer's of {tuple(expected.shape)}")
+    scale = expected.double().norm().clamp_min(torch.finfo(torch.float64).tiny)
+    difference = ((actual.double() - expected.double()).norm() / scale).item()
+    if not difference <= torch.finfo(weight.dtype).eps ** 0.5:
+        raise ValueError(f'{_told(layer, name)}, but outputs differ by {difference:.1e} of their '
+                         'norm')
+
+
+def _told(layer: nn.Module, name: str) -> str:
+    return (f'the form declared for {type(layer).__name__} must compute what layer {name!r} does '
+            '(see treat_as_plain; filter_fn leaves the layer static)')
