@@ -84,11 +84,11 @@ def convert_to_kw_(module: nn.Module, kw_cfg: WarehouseConfig | Mapping[str, Any
     Raises:
         TypeError: If an argument is of a wrong type, or what ``treat_as_plain`` was given returns
             something of a wrong type.
-        ValueError: If a layer does not compute what is declared of its type; if the module is
-            itself a layer (``KWConv2d.from_conv`` makes a new one), a
+        ValueError: If the module is itself a layer (``KWConv2d.from_conv`` makes a new one), a
             list, or a wrapper; has a ``warehouse_manager`` already, as after an earlier
             conversion; if nothing is left to convert; if a group matches nothing, two match one
-            layer, or the layers of one cannot share; or if a setting is out of range.
+            layer, or the layers of one cannot share; if a layer does not compute what was declared
+            of its type; or if a setting is out of range.
     """
     return plan_conversion(module, kw_cfg, groups, filter_fn, linear).apply_()
 

@@ -161,24 +161,29 @@ def read_plain(layer: nn.Module, name: str) -> PlainConv:
         name: Its path, for messages.
 
     Raises:
-        TypeError: If its form returns something else than a ``PlainConv``.
-        ValueError: If the weight in it has a wrong number of dimensions, or ``pad_input`` is no
-            module or has a state.
+        TypeError: If its form returns something else than a ``PlainConv``, or it is declared by
+            its path and of no type that can be converted.
+        ValueError: If the weight has a wrong number of dimensions, or ``pad_input`` is no module,
+            has a state, or is that of a linear layer.
     """
+    base = find_base(type(layer))
+    if base is None:
+        raise TypeError(f'{type(layer).__name__} (layer {name!r}) is declared by its path, but '
+                        f'must derive from one of {[t.__name__ for t in CONVERTIBLE]}')
     plain = find_form(type(layer))(layer)
     if not has_own_form(layer):
         return plain
     label = f'the form declared for {type(layer).__name__} (layer {name!r})'
     if not isinstance(plain, PlainConv):
         raise TypeError(f'{label} must return a PlainConv, got {plain!r}')
-    base = find_base(type(layer))
     if not isinstance(plain.weight, Tensor) or _BY_DIMS.get(plain.weight.dim()) is not base:
         got = getattr(plain.weight, 'shape', plain.weight)
         raise ValueError(f'{label} must return the weight of an nn.{base.__name__}, got {got!r}')
     if plain.pad_input is not None and (
-            not isinstance(plain.pad_input, nn.Module) or plain.pad_input.state_dict()):
+            not isinstance(plain.pad_input, nn.Module) or plain.pad_input.state_dict()
+            or base is nn.Linear):
         raise ValueError(f'{label} must return a module without parameters and buffers as '
-                         f'pad_input, or None, got {plain.pad_input!r}')
+                         f'pad_input, or None, as for linear layers; got {plain.pad_input!r}')
     weight = plain.weight.detach()
     return replace(plain, weight=weight.requires_grad_(layer.weight.requires_grad),
                    training=layer.training)
@@ -191,18 +196,12 @@ def check_form(layer: nn.Module, plain: PlainConv, name: str) -> None:
     Raises:
         ValueError: If they differ, or the form cannot be run.
     """
-    weight = plain.weight
-    if weight.is_meta:
+    if plain.weight.is_meta:
         return
-    dilation = nn.modules.utils._ntuple(len(plain.kernel_size))(plain.dilation)
-    # One more than the kernel covers, then two more, ...: odd and even sizes.
-    size = [d * (k - 1) + 2 + i for i, (d, k) in enumerate(zip(dilation, plain.kernel_size))]
-    # A generator of its own, so that what is drawn afterwards does not depend on the check.
-    x = torch.randn(2, plain.in_channels, *size, generator=torch.Generator().manual_seed(0))
-    x = x.to(weight.device, weight.dtype)
     training = layer.training
     layer.eval()
     try:
+        x = _small_input(plain)
         # Without cuDNN, which would round to TF32.
         with torch.backends.cudnn.flags(enabled=False):
             expected = layer(x)
@@ -216,9 +215,21 @@ def check_form(layer: nn.Module, plain: PlainConv, name: str) -> None:
                          f"{tuple(actual.shape)}, the layer's of {tuple(expected.shape)}")
     scale = expected.double().norm().clamp_min(torch.finfo(torch.float64).tiny)
     difference = ((actual.double() - expected.double()).norm() / scale).item()
-    if not difference <= torch.finfo(weight.dtype).eps ** 0.5:
+    if not difference <= torch.finfo(plain.weight.dtype).eps ** 0.5:
         raise ValueError(f'{_told(layer, name)}, but outputs differ by {difference:.1e} of their '
                          'norm')
+
+
+def _small_input(plain: PlainConv) -> Tensor:
+    """Some positions more than the kernel covers, an odd and an even number of them."""
+    dims = len(plain.kernel_size)
+    stride, dilation = ((value,) * dims if isinstance(value, int) else value
+                        for value in (plain.stride, plain.dilation))
+    size = [d * (k - 1) + 1 + s + i
+            for i, (k, s, d) in enumerate(zip(plain.kernel_size, stride, dilation))]
+    # A generator of its own, so that what is drawn afterwards does not depend on the check.
+    x = torch.randn(2, plain.in_channels, *size, generator=torch.Generator().manual_seed(0))
+    return x.to(plain.weight.device, plain.weight.dtype)
 
 
 def _told(layer: nn.Module, name: str) -> str:

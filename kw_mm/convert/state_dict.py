@@ -47,7 +47,10 @@ def start_from_state_dict_(module: nn.Module, state_dict: Mapping[str, Tensor]) 
         (layer, *_static_tensors(layer, names[0], fitted)) for layer, names in layers.items())
     own = module.state_dict()
     # What starts from static weights is there already; a KW layer is loaded whole or not at all.
-    module.load_state_dict({**own, **{k: v for k, v in fitted.items() if k in own}}, strict=False)
+    started = tuple(f'{name}.' for names in layers.values() for name in names)
+    module.load_state_dict({**own, **{key: value for key, value in fitted.items()
+                                      if key in own and not key.startswith(started)}},
+                           strict=False)
     return _with_paths(report, layers)
 
 

@@ -342,7 +342,7 @@ def test_a_subclass_of_a_known_type_stays_static(forms):
      'without parameters and buffers as pad_input, or None, got BatchNorm2d'),
     (lambda layer: PlainConv.of(layer, pad_input=F.pad), ValueError, 'as pad_input, or None'),
     (lambda layer: PlainConv.of(layer, stride=2), ValueError,
-     r"its output is of shape \(2, 16, 1, 1\), the layer's of \(2, 16, 4, 5\)"),
+     r"its output is of shape \(2, 16, 2, 2\), the layer's of \(2, 16, 8, 5\)"),
     (lambda layer: PlainConv.of(layer, padding='some'), ValueError, 'running both fails: '),
     (lambda layer: PlainConv.of(layer, bias=None), ValueError, 'outputs differ by'),
     (lambda layer: PlainConv.of(layer, weight=layer.weight * 1.001), ValueError, 'differ by'),
@@ -364,6 +364,11 @@ def test_wrong_declarations_are_told(forms):
         treat_as_plain('Doubled', doubled)
     with pytest.raises(TypeError, match='form must be a function .* got 2'):
         treat_as_plain(Doubled, 2)
+    # Of a path nobody knows yet what type it is of.
+    treat_as_plain('torch.nn.modules.conv.ConvTranspose2d', doubled)
+    with pytest.raises(TypeError, match=r"ConvTranspose2d \(layer '0'\) is declared by its path, "
+                       'but must derive from one of'):
+        plan_conversion(nn.Sequential(nn.ConvTranspose2d(16, 16, 3)))
 
 
 def test_what_computes_nothing_finite_stays_static():
