@@ -1,12 +1,14 @@
 """Convolutions under other names: padded by the input's size, of standardised weight, declared."""
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import timm_layers
 import torch
 import torch.nn.functional as F
-from mmcv.cnn import Conv2d, Conv2dAdaptivePadding, ConvAWS2d, ConvWS2d, Linear
+from mmcv.cnn import Conv2d, ConvAWS2d, ConvWS2d, Linear
+from mmcv.cnn.bricks import Conv2dAdaptivePadding
 from mmdet.registry import MODELS as DET_MODELS
 from mmseg.registry import MODELS as SEG_MODELS
 from optimised import error, optimised_with, outputs, randomise
@@ -148,10 +150,13 @@ def test_optimised_for_inference(name, kind):
         assert error(outputs(twin, x), outputs(net, x)) < 1e-12
 
 
-@pytest.mark.parametrize('how', ['trace', 'export', 'fx', 'compile'])
-@pytest.mark.parametrize('name', sorted(PADDED))
+@pytest.mark.parametrize('how, name', [
+    *((how, name) for how in ('trace', 'fx') for name in sorted(PADDED)),
+    *(pytest.param(how, name, marks=pytest.mark.slow) for how, name in (
+        ('export', 'adaptive, dilated'), ('export', 'adaptive, stride beyond kernel'),
+        ('compile', 'adaptive, stride beyond kernel'), ('compile', 'timm scaled same')))])
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning', 'ignore::DeprecationWarning')
-def test_graphs_serve_other_sizes_than_the_example_s(name, how):
+def test_graphs_serve_other_sizes_than_the_example_s(how, name):
     static, net = pair(name)
     x = maps()[0]
     if how == 'trace':
@@ -171,15 +176,16 @@ NETS = {
     'efficientnet': (DET_MODELS, dict(type='EfficientNet', arch='b0', out_indices=(2, 4, 6)),
                      dict(Conv2dAdaptivePadding=49)),
     'mobilenet_v3': (SEG_MODELS, dict(type='MobileNetV3', arch='small', out_indices=(0, 5, 12)),
-                     dict(Conv2dAdaptivePadding=4)),
+                     dict(Conv2dAdaptivePadding=5)),
     'resnet_ws': (DET_MODELS, dict(
         type='ResNet', depth=50, base_channels=16, num_stages=2, strides=(1, 2), dilations=(1, 1),
         out_indices=(0, 1), conv_cfg=dict(type='ConvWS'), norm_cfg=dict(type='GN', num_groups=4)),
-                  dict(ConvWS2d=25)),
+                  dict(ConvWS2d=24)),
 }
 
 
-@pytest.mark.parametrize('name', NETS)
+@pytest.mark.parametrize('name', [
+    pytest.param('efficientnet', marks=pytest.mark.slow), 'mobilenet_v3', 'resnet_ws'])
 def test_networks_of_openmmlab(name):
     registry, cfg, kinds = NETS[name]
     torch.manual_seed(0)
@@ -187,10 +193,9 @@ def test_networks_of_openmmlab(name):
     types = [type(m).__name__ for m in static.modules()]
     assert {kind: types.count(kind) for kind in kinds} == kinds
     net = copy.deepcopy(static)
-    plan = convert_to_kw_(net)
-    # All that is left has one of the reasons that plain convolutions have, too.
-    assert not any('type of its own' in reason for _, reason in plan.static)
-    assert len(plan.layers) > len(plan.static)
+    convs = [path for path, layer in net.named_modules() if isinstance(layer, nn.Conv2d)]
+    plan = convert_to_kw_(net, groups=convs)
+    assert list(plan.layers) == convs and not plan.static
     x = torch.randn(1, 3, 75, 66).double()
     assert error(outputs(net, x), outputs(static, x)) < 1e-9
 
@@ -253,7 +258,7 @@ def test_kw_converted_starts_from_a_file_of_standardised_weights(tmp_path):
 
 
 @pytest.fixture
-def forms(monkeypatch):
+def forms():
     """What a test declares is gone for the next one."""
     declared = dict(FORMS)
     yield
@@ -339,13 +344,14 @@ def test_a_subclass_of_a_known_type_stays_static(forms):
      r'weight of an nn.Conv2d, got torch.Size\(\[16, 3, 3\]\)'),
     (lambda layer: PlainConv.of(layer, weight=None), ValueError, 'of an nn.Conv2d, got None'),
     (lambda layer: PlainConv.of(layer, pad_input=nn.BatchNorm2d(16)), ValueError,
-     'without parameters and buffers as pad_input, or None, got BatchNorm2d'),
+     'without parameters and buffers as pad_input, or None, .* got BatchNorm2d'),
     (lambda layer: PlainConv.of(layer, pad_input=F.pad), ValueError, 'as pad_input, or None'),
     (lambda layer: PlainConv.of(layer, stride=2), ValueError,
      r"its output is of shape \(2, 16, 2, 2\), the layer's of \(2, 16, 8, 5\)"),
     (lambda layer: PlainConv.of(layer, padding='some'), ValueError, 'running both fails: '),
-    (lambda layer: PlainConv.of(layer, bias=None), ValueError, 'outputs differ by'),
-    (lambda layer: PlainConv.of(layer, weight=layer.weight * 1.001), ValueError, 'differ by'),
+    (lambda layer: replace(doubled(layer), bias=None), ValueError, 'outputs differ by'),
+    (lambda layer: replace(doubled(layer), weight=layer.weight * 2.002), ValueError,
+     'outputs differ by 1.0e-03 of their norm'),
 ])
 def test_wrong_forms_are_told_and_nothing_has_changed(forms, form, kind, message):
     net = nn.Sequential(Doubled(16, 16, 3), nn.ReLU())
@@ -371,6 +377,7 @@ def test_wrong_declarations_are_told(forms):
         plan_conversion(nn.Sequential(nn.ConvTranspose2d(16, 16, 3)))
 
 
+@pytest.mark.filterwarnings('ignore:std.*degrees of freedom:UserWarning')
 def test_what_computes_nothing_finite_stays_static():
     # Of one number there is no standard deviation, and the cells would be NaN.
     net = nn.Sequential(nn.Conv2d(16, 32, 3), ConvWS2d(32, 32, 1, groups=32))

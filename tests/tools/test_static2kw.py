@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmcv.cnn import ConvAWS2d
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
@@ -77,6 +78,28 @@ def test_the_kw_detector_starts_as_the_static_one(files, capsys):
         assert (actual - expected).norm() < 1e-3 * expected.norm()
     out = capsys.readouterr().out
     assert 'exact' in out and f'written to {dst}' in out
+
+
+def test_weights_that_are_stored_otherwise(tmp_path, capsys):
+    # A standardised weight is stored as it is before, beside the mean and scale that it gets.
+    conv = dict(type='ConvAWS')
+    backbone = f"type='ResNet', conv_cfg={conv}"
+    static, kw = tmp_path / 'static.py', tmp_path / 'kw.py'
+    static.write_text(HEAD + MODEL.format(backbone=backbone, neck='neck', head=''))
+    kw.write_text(HEAD + MODEL.format(backbone=f"type='KWConverted', module=dict({backbone}",
+                                      neck='neck', head='').replace('base_channels=8',
+                                                                    'base_channels=8)'))
+    model = build(static)
+    for layer in model.modules():
+        if isinstance(layer, ConvAWS2d):
+            nn.init.uniform_(layer.weight_gamma, 0.01, 0.1)
+    torch.save(model.state_dict(), tmp_path / 'src.pth')
+    static2kw.main([str(kw), str(tmp_path / 'src.pth'), str(tmp_path / 'dst.pth')])
+    converted = build(kw)
+    assert not any(isinstance(layer, ConvAWS2d) for layer in converted.backbone.layer3.modules())
+    converted.load_state_dict(torch.load(tmp_path / 'dst.pth')['state_dict'], strict=True)
+    for actual, expected in zip(outputs(converted), outputs(model), strict=True):
+        assert (actual - expected).norm() < 1e-3 * expected.norm()
 
 
 @pytest.mark.parametrize('change, message', [
