@@ -2,6 +2,7 @@
 import functools
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 
 import golden
 import pytest
@@ -11,19 +12,18 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from kw_mm import (
-    KWConvNeXt,
     KWMobileNetV2,
     KWResNet,
     convert_official_checkpoint,
     to_official_checkpoint,
 )
-from kw_mm.models.official.families import Family
-from kw_mm.models.official.infer import Bound, infer_kw_cfg
-from kw_mm.models.official.settings import RELEASED
+from kw_mm.models.official import recognise
+from kw_mm.models.official.released import RELEASED
 
 CONFIGS = Path(__file__).parents[2] / 'configs' / 'mask_rcnn'
 
 THIN = dict(type='KWResNet', depth=18, base_channels=16, kw_cfg=dict(cell_num_ratio=2))
+CONVNEXT = dict(type='KWConvNeXt', arch=dict(depths=(1, 1, 2, 1), channels=(8, 8, 16, 16)))
 NECK = {'neck.conv.weight': torch.randn(4, 4), 'rpn_head.bias': torch.randn(3),
         'roi_head.bbox_head.fc_cls.bias': torch.randn(5)}
 CLASSES = ('disk', 'square')
@@ -53,18 +53,18 @@ def assert_same(actual, expected):
 @pytest.fixture(scope='module', autouse=True)
 def cached_builds():
     """Lets each backbone be built once: what takes time is the same in most tests."""
-    original, cache = Family.build, {}
-
-    @functools.wraps(original)
-    def cached_build(family, config):
-        key = repr(sorted({**config, 'type': family.type}.items()))
-        if key not in cache:
-            cache[key] = original(family, config)
-        return cache[key]
+    @functools.cache
+    def cached(text):
+        return MODELS.build(eval(text))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Family, 'build', cached_build)
+        patch.setattr(recognise, 'MODELS', SimpleNamespace(build=lambda cfg: cached(repr(cfg))))
         yield
+
+
+def convert(file, weights=None, backbone=THIN):
+    """Converts a file of the thin network, or of another."""
+    return convert_official_checkpoint(file, weights, backbone)
 
 
 @pytest.fixture(scope='module')
@@ -80,18 +80,22 @@ def thin():
 @pytest.fixture(scope='module')
 def convnext():
     """The state dict of a thin ConvNeXt."""
-    return KWConvNeXt(dict(depths=(1, 1, 2, 1), channels=(8, 8, 16, 16))).state_dict()
+    return build(CONVNEXT).state_dict()
 
 
 # Recognition.
 
-@pytest.mark.parametrize('setting', RELEASED, ids=lambda setting: setting.name)
-def test_released_models_are_recognised(setting):
-    state = build(setting.backbone, 'meta').state_dict()
+@pytest.mark.parametrize('model', RELEASED, ids=lambda model: model.name)
+def test_released_models_are_recognised(model):
+    state = build(model.backbone, 'meta').state_dict()
     converted, report = convert_official_checkpoint(dict(model=state))
-    assert report.setting is setting and report.backbone == setting.backbone
+    assert report.released is model and report.backbone == model.backbone
     assert list(converted['state_dict']) == list(prefixed('backbone.', state))
-    assert setting.budget in str(report) and f"type='{setting.backbone['type']}'" in str(report)
+    assert model.budget in str(report) and f"type='{model.backbone['type']}'" in str(report)
+
+
+def test_budgets_are_in_the_authors_words():
+    assert [model.budget for model in RELEASED[:5]] == ['1/4x', '1/2x', '1x', '2x', '4x']
 
 
 KW_CONFIGS = sorted(CONFIGS.glob('*_kw*_fpn_ms-adamw-1x_coco.py'))
@@ -99,7 +103,7 @@ KW_CONFIGS = sorted(CONFIGS.glob('*_kw*_fpn_ms-adamw-1x_coco.py'))
 
 def test_the_configs_named_are_those_there_are():
     assert [path.name for path in KW_CONFIGS] == sorted(
-        Path(setting.config).name for setting in RELEASED if setting.config)
+        Path(model.config).name for model in RELEASED if model.config)
 
 
 @pytest.mark.parametrize('config', KW_CONFIGS, ids=lambda path: path.name)
@@ -131,29 +135,31 @@ def test_configs_are_found_by_what_they_build(config):
     dict(type='KWMobileNetV2', widen_factor=1.4, share_pointwise=False,
          static_pointwise_stages=(2, 3), kw_cfg=dict(cell_num_ratio=1)),
 ], ids=str)
-def test_other_models_are_inferred_from_shapes(config):
+def test_other_models_are_named_by_a_config(config):
     state = build(config, 'meta').state_dict()
-    _, report = convert_official_checkpoint(dict(model=state))
-    assert report.setting is report.config is None
+    with pytest.raises(ValueError, match='one of the released models, or named by .*--config CONFIG'
+                       '.*comes closest to kw'):
+        convert_official_checkpoint(dict(model=state))
+    converted, report = convert_official_checkpoint(dict(model=state), backbone=config)
+    assert report.released is report.config is None
     assert report.backbone == config
     assert 'no released model' in str(report)
+    # Which network it is stays in the file.
+    back, report = to_official_checkpoint(converted)
+    assert list(back['model']) == list(state) and report.backbone == config
 
 
-def test_shapes_that_two_settings_give_are_settled_for_the_usual_one():
-    # All hidden widths at their minimum: any reduction below 17/128 would do.
-    state = build(dict(THIN, kw_cfg=dict(cell_num_ratio=1, reduction=1 / 64)), 'meta').state_dict()
-    _, report = convert_official_checkpoint(state)
-    assert report.backbone['kw_cfg'] == dict(cell_num_ratio=1)
-
-
-def test_inferred_ratios_survive_rounding():
-    # 1 / 49 * 49 is just below 1, and 1/49 of 98 channels would be 1 instead of 2.
-    model = KWResNet(18, base_channels=98, num_stages=1, out_indices=(0,))
-    specs = [layer.spec for layer in model.plan.layers.values()]
-    shapes = {'warehouse_manager.weights.0': (9, 2, 98, 1, 1)}
-    kw_cfg, = infer_kw_cfg([specs], shapes, 'BN1d')
-    assert int(98 * kw_cfg['cell_outplane_ratio']) == 2
-    assert not Bound(98, 2, 1).is_met_by(0.02) and Bound(98, 1, 1).is_met_by(0.02)
+@pytest.mark.parametrize('config, message', [
+    (dict(type='KWResNet', depth=18, static=True), 'must have one of our KW backbones'),
+    (dict(type='KWConv2d', in_channels=16, out_channels=16, kernel_size=3),
+     "one of our KW backbones, .'KWResNet', 'KWConvNeXt', 'KWMobileNetV2'., got"),
+    (dict(THIN, base_channels=32),
+     'must be that of the config; this one differs: misshapen warehouse_manager'),
+    (dict(THIN, depth=34), r'this one differs: missing layer1\.2\.conv1\.attention'),
+    (dict(THIN, kw_cfg=dict(cell_num_ratio=1)), 'misshapen warehouse_manager.weights.0')])
+def test_a_config_of_another_network(thin, config, message):
+    with pytest.raises(ValueError, match=message):
+        convert_official_checkpoint(thin, backbone=config)
 
 
 # Conversion and back.
@@ -163,7 +169,7 @@ def test_inferred_ratios_survive_rounding():
 def test_containers_and_prefixes_and_back(thin, container, prefix):
     state = prefixed(prefix, classifier(thin))
     file = state if container is None else {container: state, 'epoch': 3, 'optimizer': {}}
-    converted, report = convert_official_checkpoint(file)
+    converted, report = convert(file)
     assert set(converted) == {'meta', 'state_dict'}
     assert_same(converted['state_dict'], prefixed('backbone.', thin))
     assert (report.kind, report.container, report.num_tensors) == ('classifier', container, 257)
@@ -182,19 +188,19 @@ def test_containers_and_prefixes_and_back(thin, container, prefix):
 def test_the_average_is_taken_unless_told_otherwise(thin):
     other = {key: tensor + 1 for key, tensor in thin.items()}
     file = dict(model=classifier(thin), model_ema=classifier(other), args=None)
-    converted, report = convert_official_checkpoint(file)
+    converted, report = convert(file)
     assert_same(converted['state_dict'], prefixed('backbone.', other))
     assert "'model_ema', the moving average; the file also holds 'model'" in str(report)
     assert report.left_out == ('model', 'args')
-    converted, report = convert_official_checkpoint(file, weights='model')
+    converted, report = convert(file, weights='model')
     assert_same(converted['state_dict'], prefixed('backbone.', thin))
     assert "weights   'model'; the file also holds 'model_ema'" in str(report)
     with pytest.raises(ValueError, match="one of what .* holds, model_ema, model, got 'ema'"):
-        convert_official_checkpoint(file, weights='ema')
+        convert(file, weights='ema')
     with pytest.raises(ValueError, match="holds, nothing, got 'model'"):
-        convert_official_checkpoint(thin, weights='model')
+        convert(thin, weights='model')
     # Training without an average leaves the entry empty.
-    assert convert_official_checkpoint(dict(file, model_ema=None))[1].container == 'model'
+    assert convert(dict(file, model_ema=None))[1].container == 'model'
 
 
 @pytest.mark.parametrize('prefix', ['', 'module.'])
@@ -203,7 +209,7 @@ def test_a_detector_and_back(thin, prefix):
     state = prefixed(prefix, {**prefixed('backbone.', backbone), **NECK})
     file = dict(meta=dict(CLASSES=CLASSES, PALETTE=[(1, 2, 3), (4, 5, 6)], epoch=12),
                 state_dict=state, optimizer=dict(state={}))
-    converted, report = convert_official_checkpoint(file)
+    converted, report = convert(file)
     expected = {**prefixed('backbone.', thin), **NECK}
     assert_same(converted['state_dict'], expected)
     assert converted['meta']['dataset_meta'] == dict(classes=CLASSES,
@@ -221,8 +227,7 @@ def test_a_detector_and_back(thin, prefix):
 
 
 def test_a_detector_without_class_names(thin):
-    converted, report = convert_official_checkpoint(
-        dict(state_dict={**prefixed('backbone.', thin), **NECK}))
+    converted, report = convert(dict(state_dict={**prefixed('backbone.', thin), **NECK}))
     assert 'dataset_meta' not in converted['meta']
     assert 'classes   not named in the file' in str(report)
 
@@ -231,7 +236,7 @@ def test_norms_of_the_outputs_come_and_go(convnext):
     state = {key: tensor for key, tensor in convnext.items() if not key.startswith('norm')}
     heads = {'norm.weight': torch.ones(16), 'norm.bias': torch.ones(16),
              'head.weight': torch.ones(7, 16), 'head.bias': torch.ones(7)}
-    converted, report = convert_official_checkpoint(dict(model=classifier(state, **heads)))
+    converted, report = convert(dict(model=classifier(state, **heads)), backbone=CONVNEXT)
     norms = [f'norm{i}.{name}' for i in range(4) for name in ('weight', 'bias')]
     assert report.added == tuple(f'backbone.{name}' for name in norms)
     assert report.dropped == tuple(heads)
@@ -252,14 +257,14 @@ def test_norms_of_the_outputs_come_and_go(convnext):
     assert report.kept == tuple(norms)
     assert 'no longer 1 and 0' in str(report)
     # And such a file is read as well.
-    again, report = convert_official_checkpoint(back)
+    again, report = convert(back, backbone=CONVNEXT)
     assert_same(again['state_dict'], converted['state_dict'])
     assert not report.added
 
 
 def test_added_norms_have_the_dtype_of_the_rest(convnext):
     state = {key: tensor.half() for key, tensor in convnext.items() if not key.startswith('norm')}
-    converted, _ = convert_official_checkpoint(state)
+    converted, _ = convert(state, backbone=CONVNEXT)
     assert {tensor.dtype for tensor in converted['state_dict'].values()} == {torch.half}
 
 
@@ -267,13 +272,13 @@ def test_added_norms_have_the_dtype_of_the_rest(convnext):
 def test_a_detector_must_have_its_norms(convnext, lacking):
     state = prefixed('backbone.', {k: t for k, t in convnext.items() if not k.startswith(lacking)})
     with pytest.raises(ValueError, match=r'missing backbone\.norm'):
-        convert_official_checkpoint(dict(state_dict={**state, **NECK}))
+        convert(dict(state_dict={**state, **NECK}), backbone=CONVNEXT)
 
 
 def test_a_classifier_lacks_all_norms_or_none(convnext):
     state = {key: tensor for key, tensor in convnext.items() if key != 'norm1.bias'}
     with pytest.raises(ValueError, match=r'missing norm1\.bias \(8,\)$'):
-        convert_official_checkpoint(state)
+        convert(state, backbone=CONVNEXT)
 
 
 def test_a_dynamic_classifier_is_dropped_with_its_warehouse():
@@ -290,19 +295,19 @@ def test_what_was_trained_here_becomes_the_authors(thin):
     state = {**prefixed('backbone.', thin), **NECK}
     trained = dict(meta=dict(dataset_meta=dict(classes=CLASSES), epoch=1), state_dict=state,
                    ema_state_dict=prefixed('module.', state), message_hub={}, optimizer={})
-    file, report = to_official_checkpoint(trained)
+    file, report = to_official_checkpoint(trained, THIN)
     assert list(file) == ['meta', 'state_dict'] and file['meta'] == dict(CLASSES=CLASSES)
     assert_same(file['state_dict'], state)
     assert report.left_out == ('ema_state_dict', 'message_hub', 'optimizer')
-    file, _ = to_official_checkpoint(dict(state_dict=prefixed('backbone.', thin)))
+    file, _ = to_official_checkpoint(dict(state_dict=prefixed('backbone.', thin)), THIN)
     assert list(file) == ['model']
     assert_same(file['model'], thin)
     segmentor = dict(state_dict={**prefixed('backbone.', thin), 'decode_head.a': torch.ones(1)})
-    assert to_official_checkpoint(segmentor)[1].kind == 'segmentor'
+    assert to_official_checkpoint(segmentor, THIN)[1].kind == 'segmentor'
 
 
 def test_the_converted_file_initialises_a_backbone(thin, tmp_path):
-    converted, report = convert_official_checkpoint(dict(model=classifier(thin)))
+    converted, report = convert(dict(model=classifier(thin)))
     torch.save(converted, tmp_path / 'kw.pth')
     model = MODELS.build(dict(report.backbone, init_cfg=dict(
         type='Pretrained', checkpoint=str(tmp_path / 'kw.pth'), prefix='backbone.')))
@@ -312,9 +317,9 @@ def test_the_converted_file_initialises_a_backbone(thin, tmp_path):
 
 # Errors name the culprit and nothing else.
 
-def culprit(file, error=ValueError):
-    with pytest.raises(error) as info:
-        convert_official_checkpoint(file)
+def culprit(file, backbone=THIN):
+    with pytest.raises(ValueError) as info:
+        convert(file, backbone=backbone)
     return str(info.value)
 
 
@@ -344,14 +349,14 @@ def test_every_unknown_tensor_is_named(thin, key):
 
 
 def test_released_models_name_their_culprits():
-    for setting in RELEASED[7:9]:  # ResNet50 at 4x, ConvNeXt
-        state = build(setting.backbone, 'meta').state_dict()
+    for model in RELEASED[7:9]:  # ResNet50 at 4x, ConvNeXt
+        state = build(model.backbone, 'meta').state_dict()
         key = list(state)[40]
         state[key] = state[key].unsqueeze(0)
         state['stray'] = state.pop('warehouse_manager.weights.1')
-        assert setting.name in culprit(state) and ': missing warehouse_manager.weights.1 ' in (
-            culprit(state)) and '; unknown stray ' in culprit(state) and (
-                f'; misshapen {key} ' in culprit(state))
+        message = culprit(state, None)
+        assert f'comes closest to {model.name}: missing warehouse_manager.weights.1 ' in message
+        assert '; unknown stray ' in message and f'; misshapen {key} ' in message
 
 
 def test_cells_with_a_dimension_lost_are_no_classifier(thin):
@@ -364,11 +369,10 @@ def test_cells_with_a_dimension_lost_are_no_classifier(thin):
     ('kw1x-convnext-t', 'stages.2.4'), ('kw1x-convnext-t', 'stages.3'), ('kw1x-r50', 'layer2'),
     ('kw1x-mobilenet-v2-050', 'features.1'), ('kw1x-r18', 'layer1.1')])
 def test_lost_blocks_are_told_from_other_architectures(name, lost):
-    setting = next(s for s in RELEASED if s.name == name)
-    state = build(setting.backbone, 'meta').state_dict()
-    message = culprit({k: t for k, t in state.items() if not k.startswith(lost)})
-    assert f': missing {lost}' in message and 'unknown' not in message
-    assert name in message or 'depths=(3, 3, 9, 1), channels=(96, 192, 384, 768)' in message
+    model = next(m for m in RELEASED if m.name == name)
+    state = build(model.backbone, 'meta').state_dict()
+    message = culprit({k: t for k, t in state.items() if not k.startswith(lost)}, None)
+    assert f'closest to {name}: missing {lost}' in message and 'unknown' not in message
 
 
 def test_many_culprits_are_counted(thin):
@@ -391,7 +395,7 @@ def test_many_culprits_are_counted(thin):
 ])
 def test_what_is_no_checkpoint_is_told(file, message):
     with pytest.raises((TypeError, ValueError), match=message):
-        convert_official_checkpoint(file)
+        convert(file)
 
 
 @pytest.mark.parametrize('model, name', [
@@ -402,14 +406,14 @@ def test_static_weights_are_told(model, name):
 
 
 def test_converting_twice_is_told(thin):
-    converted, _ = convert_official_checkpoint(thin)
+    converted, _ = convert(thin)
     assert 'converted already' in culprit(converted)
 
 
 def test_errors_on_the_way_back(thin):
     def error(file):
         with pytest.raises((TypeError, ValueError)) as info:
-            to_official_checkpoint(file)
+            to_official_checkpoint(file, THIN)
         return str(info.value)
 
     assert "start with 'backbone.'" in error(dict(state_dict=thin))
@@ -431,7 +435,7 @@ HEADS = {'KWResNet': {}, 'KWMobileNetV2': {},  # golden values have them
                         'head.bias': (1000,)}}
 
 
-@pytest.mark.parametrize('name, setting, container', [
+@pytest.mark.parametrize('name, model_name, container', [
     ('kw_resnet18_1x', 'kw1x-r18', 'model_ema'),
     ('kw_resnet18_1d4x', 'kw1d4x-r18', None),
     ('kw_mobilenet_v2_100_1x', 'kw1x-mobilenet-v2', 'model'),
@@ -439,9 +443,9 @@ HEADS = {'KWResNet': {}, 'KWMobileNetV2': {},  # golden values have them
     pytest.param('kw_resnet50_1x', 'kw1x-r50', 'model', marks=pytest.mark.slow),
     pytest.param('kw_resnet50_1d2x', 'kw1d2x-r50', 'model', marks=pytest.mark.slow),
     pytest.param('kw_convnext_tiny_1x', 'kw1x-convnext-t', 'model_ema', marks=pytest.mark.slow)])
-def test_a_converted_file_computes_what_the_authors_compute(name, setting, container):
+def test_a_converted_file_computes_what_the_authors_compute(name, model_name, container):
     expected = golden.load(name)
-    backbone = next(s.backbone for s in RELEASED if s.name == setting)
+    backbone = next(m.backbone for m in RELEASED if m.name == model_name)
     norms = {k: golden.value(k, v) for k, v in expected['state_dict'].items()
              if k.startswith('norm')}
     state = prefixed('module.', {
@@ -449,7 +453,7 @@ def test_a_converted_file_computes_what_the_authors_compute(name, setting, conta
         .items() if k not in norms})
     converted, report = convert_official_checkpoint(state if container is None else {
         container: state})
-    assert report.name == setting and report.dropped
+    assert report.name == model_name and report.dropped
     assert set(report.added) == set(prefixed('backbone.', norms))
 
     model = MODELS.build(report.backbone).double().eval()
@@ -471,5 +475,5 @@ def test_a_converted_file_computes_what_the_authors_compute(name, setting, conta
 
 
 def test_published_models_have_names_of_their_own():
-    assert len({setting.name for setting in RELEASED}) == len(RELEASED) == 15
+    assert len({model.name for model in RELEASED}) == len(RELEASED) == 15
     assert isinstance(MODELS.build(THIN), nn.Module)

@@ -21,6 +21,7 @@ from kw_mm.checkpoint import read_checkpoint
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / 'tools' / 'model_converters' / 'official2kw.py'
 BACKBONE = dict(type='KWResNet', depth=18, base_channels=16, kw_cfg=dict(cell_num_ratio=1))
+CONFIG = ['--config', 'config.py']
 
 
 @pytest.fixture(scope='module')
@@ -38,6 +39,7 @@ def folder(tmp_path, monkeypatch):
     state = {**MODELS.build(BACKBONE).state_dict(), 'fc.weight': torch.ones(3, 128)}
     torch.save(dict(model=state, model_ema={k: t + 1 for k, t in state.items()}, epoch=3,
                     args=argparse.Namespace(lr=0.1)), 'src.pth')
+    Path('config.py').write_text(f'model = dict(backbone={BACKBONE!r})')
     return tmp_path
 
 
@@ -55,7 +57,7 @@ def error(tool, folder, capsys):
 
 
 def test_there_and_back(tool, capsys):
-    tool(['src.pth', 'new/dst.pth', '--weights', 'model'])
+    tool(['src.pth', 'new/dst.pth', '--weights', 'model', *CONFIG])
     printed = capsys.readouterr().out
     assert "backbone=dict(type='KWResNet', depth=18, base_channels=16, kw_cfg=dict(" in printed
     assert 'written   new/dst.pth' in printed and 'dropped   the classifier: fc.weight' in printed
@@ -76,7 +78,7 @@ def test_there_and_back(tool, capsys):
 
 
 def test_the_average_by_default(tool, capsys):
-    tool(['src.pth', 'dst.pth'])
+    tool(['src.pth', 'dst.pth', *CONFIG])
     assert "weights   'model_ema', the moving average" in capsys.readouterr().out
     source = read_checkpoint('src.pth', allowed=[argparse.Namespace])['model_ema']
     written = read_checkpoint('dst.pth')['state_dict']
@@ -92,19 +94,22 @@ def test_errors(error, tool, folder):
         'src.pth', 'dst.pth', '--reverse', '--weights', 'model')
     assert 'it is a folder' in error('src.pth', '.')
     assert "'a.txt' exists already; --force replaces it" in error('src.pth', 'a.txt')
-    assert 'a.txt' in error('src.pth', 'a.txt/dst.pth')
+    assert 'a.txt' in error('src.pth', 'a.txt/dst.pth', *CONFIG)
     torch.save(dict(state={}, param_groups=[]), 'optimizer.pth')
     assert 'holds state, param_groups' in error('optimizer.pth', 'new/dst.pth')
     assert "got 'state_dict'" in error('src.pth', 'dst.pth', '--reverse')
-    tool(['src.pth', 'a.txt', '--force'])
+    assert 'or named by a config of its own (backbone=..., --config CONFIG)' in error(
+        'src.pth', 'dst.pth')
+    assert "config 'no.py' does not exist" in error('src.pth', 'dst.pth', '--config', 'no.py')
+    tool(['src.pth', 'a.txt', '--force', *CONFIG])
     assert set(read_checkpoint('a.txt')) == {'meta', 'state_dict'}
     assert 'is converted already' in error('a.txt', 'dst.pth')
 
 
 @pytest.mark.slow
 def test_as_a_script(folder):
-    done = subprocess.run([sys.executable, TOOL, 'src.pth', 'dst.pth'], capture_output=True,
-                          text=True, env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    done = subprocess.run([sys.executable, TOOL, 'src.pth', 'dst.pth', *CONFIG], text=True,
+                          capture_output=True, env=dict(os.environ, PYTHONPATH=str(ROOT)))
     assert done.returncode == 0 and (folder / 'dst.pth').is_file()
     assert done.stdout.startswith('found     classifier, KW-ResNet')
 

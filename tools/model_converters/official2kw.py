@@ -1,18 +1,24 @@
 """Converts the authors' released checkpoints for MMDetection 3.x, and back with --reverse.
 
     python tools/model_converters/official2kw.py SRC DST
+    python tools/model_converters/official2kw.py SRC DST --config CONFIG
 
-SRC is an ImageNet checkpoint or a detector of MMDetection 2.x. The backbone of DST is loaded with
-init_cfg=dict(type='Pretrained', checkpoint='DST', prefix='backbone.'); a detector as a whole with
-tools/test.py CONFIG DST.
+The first is for the models that the authors have released; of another one CONFIG names the
+backbone. SRC is an ImageNet checkpoint or a detector of MMDetection 2.x. The backbone of DST is
+loaded with init_cfg=dict(type='Pretrained', checkpoint='DST', prefix='backbone.'); a detector as
+a whole with tools/test.py CONFIG DST.
 """
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
+
+from mmengine.config import Config
 
 from kw_mm import convert_official_checkpoint, to_official_checkpoint
 from kw_mm.checkpoint import check_destination, read_checkpoint, write_checkpoint
+from kw_mm.engine.launch import config_path
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -24,10 +30,20 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument('--weights', metavar='NAME', help='which weights to take where SRC holds '
                         'several: model_ema (the moving average, taken by default), model or '
                         'state_dict')
+    parser.add_argument('--config', metavar='CONFIG', type=config_path, help='a config whose '
+                        'model.backbone is that of SRC, if it is none of the released models')
     parser.add_argument('--reverse', action='store_true', help='convert SRC, converted before or '
                         "trained here, to the authors' layout")
     parser.add_argument('--force', action='store_true', help='overwrite DST')
     return parser
+
+
+def read_backbone(path: str) -> dict[str, Any]:
+    """The backbone of a config, as a plain dict."""
+    backbone = (Config.fromfile(path).get('model') or {}).get('backbone')
+    if backbone is None:
+        raise ValueError(f'config {path!r} must have model.backbone')
+    return backbone.to_dict()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -42,12 +58,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         parser.error(str(error))
     try:
+        backbone = read_backbone(args.config) if args.config else None
         # Training scripts keep their options in the file. A namespace is but attributes.
         checkpoint = read_checkpoint(args.src, allowed=[argparse.Namespace])
         if args.reverse:
-            converted, report = to_official_checkpoint(checkpoint)
+            converted, report = to_official_checkpoint(checkpoint, backbone)
         else:
-            converted, report = convert_official_checkpoint(checkpoint, args.weights)
+            converted, report = convert_official_checkpoint(checkpoint, args.weights,
+                                                            backbone)
         write_checkpoint(converted, args.dst, args.force)
     except (OSError, ValueError) as error:
         parser.error(str(error))

@@ -1,138 +1,146 @@
 """Which backbone a state dict is of, and in what it differs from one."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any, NamedTuple
 
+import torch
+from mmengine.registry import MODELS
 from torch import Tensor
 
-from .families import FAMILIES, Family
-from .infer import Shapes, infer_kw_cfg
+from ..backbones import KWConvNeXt, KWMobileNetV2, KWResNet
+from ..backbones.base import KWBackbone
 from .layout import listed
-from .settings import RELEASED, Setting
+from .released import RELEASED, ReleasedModel
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Family(NamedTuple):
+    """A kind of backbone: its name, what its keys start with, and those of its classifier."""
+
+    name: str
+    marker: str
+    heads: tuple[str, ...]
+
+
+FAMILIES: dict[type[KWBackbone], Family] = {
+    KWResNet: Family('ResNet', 'layer', ('fc.',)),
+    KWConvNeXt: Family('ConvNeXt', 'stages.', ('head.', 'norm.')),
+    KWMobileNetV2: Family('MobileNetV2', 'features.', ('classifier.',))}
+# Norms of the outputs, which backbones have and classifiers have not.
+OUTPUT_NORMS = re.compile(r'norm\d\.')
 
 
 @dataclass(frozen=True)
-class Differences:
-    """In what a state dict differs from a backbone's.
-
-    Attributes:
-        missing: Entries that are not there, with the shapes they should have.
-        unknown: Entries that the backbone has not, with their shapes.
-        misshapen: Entries of another shape: what it is and what it should be.
-    """
-
-    missing: dict[str, tuple[int, ...]]
-    unknown: dict[str, tuple[int, ...]]
-    misshapen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
-
-    @classmethod
-    def between(cls, shapes: Shapes, expected: Shapes) -> Differences:
-        """Compares shapes with those that are expected."""
-        return cls(
-            {key: shape for key, shape in expected.items() if key not in shapes},
-            {key: shape for key, shape in shapes.items() if key not in expected},
-            {key: (shape, expected[key]) for key, shape in shapes.items()
-             if key in expected and shape != expected[key]})
-
-    def __len__(self) -> int:
-        return len(self.missing) + len(self.unknown) + len(self.misshapen)
-
-    def describe(self, name: Callable[[str], str]) -> str:
-        """All of them in words; ``name`` turns an entry's name into its key in the file."""
-        return '; '.join(
-            f'{kind} {listed(lines)}' for kind, lines in (
-                ('missing', [f'{name(k)} {s}' for k, s in self.missing.items()]),
-                ('unknown', [f'{name(k)} {s}' for k, s in self.unknown.items()]),
-                ('misshapen', [f'{name(k)} {found} instead of {wanted}'
-                               for k, (found, wanted) in self.misshapen.items()]))
-            if lines)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A backbone that a state dict may be of.
+class Match:
+    """The backbone that a state dict is of, and in what the two differ.
 
     Attributes:
         family: Of the backbone.
         config: Builds it.
-        setting: The released model that it is, if it is one.
+        released: The released model that it is, if it is one.
         heads: Entries of the classifier.
         absent: Shapes of the output norms, where the state dict has none of them.
-        differences: From the state dict in question; heads and absent norms are none.
+        missing: Further entries that are not there, with the shapes they should have.
+        unknown: Entries that the backbone has not, with their shapes.
+        misshapen: Entries of another shape: what it is and what it should be.
     """
 
-    family: Family
+    family: str
     config: dict[str, Any]
-    setting: Setting | None
+    released: ReleasedModel | None
     heads: tuple[str, ...]
     absent: dict[str, tuple[int, ...]]
-    differences: Differences
+    missing: dict[str, tuple[int, ...]]
+    unknown: dict[str, tuple[int, ...]]
+    misshapen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+    @property
+    def num_differences(self) -> int:
+        """How many entries keep the state dict from being the backbone's."""
+        return len(self.missing) + len(self.unknown) + len(self.misshapen)
+
+    def describe(self, name: Callable[[str], str]) -> str:
+        """The differences in words; ``name`` turns an entry's name into its key in the file."""
+        lines = dict(
+            missing=[f'{name(k)} {s}' for k, s in self.missing.items()],
+            unknown=[f'{name(k)} {s}' for k, s in self.unknown.items()],
+            misshapen=[f'{name(k)} {found} instead of {wanted}'
+                       for k, (found, wanted) in self.misshapen.items()])
+        return '; '.join(f'{kind} {listed(some)}' for kind, some in lines.items() if some)
 
 
-def recognise(state: Mapping[str, Tensor], may_lack_norms: bool = False) -> Candidate:
-    """Finds the backbone whose state dict is closest.
-
-    Released models are tried first, then what the shapes themselves suggest.
+def recognise(state: Mapping[str, Tensor], name: Callable[[str], str],
+              config: Mapping[str, Any] | None = None, may_lack_norms: bool = False) -> Match:
+    """Finds the released model whose state dict this is.
 
     Args:
         state: Entries named as in the backbone; those of a classifier may be among them.
+        name: Turns an entry's name into its key in the file, for messages.
+        config: The backbone, if it is none of the released ones.
         may_lack_norms: Whether the norms of the backbone's outputs may all be absent.
 
     Raises:
-        ValueError: If it is no state dict of a KW backbone at all.
+        ValueError: If it is the state dict of none of them, or not that of ``config``.
     """
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    family = _family(shapes)
-    best = None
-    for config, setting in _proposals(family, shapes):
-        try:
-            backbone = family.build(config)
-        except ValueError:  # wrong shapes may suggest what cannot be built
-            continue
-        expected = {k: tuple(v.shape) for k, v in backbone.state_dict().items()}
-        heads = tuple(k for k, s in shapes.items() if k not in expected and family.is_head(k, s))
-        absent = _absent_norms(family, shapes, expected) if may_lack_norms else {}
-        differences = Differences.between(
-            {k: s for k, s in shapes.items() if k not in heads},
-            {k: s for k, s in expected.items() if k not in absent})
-        if best is None or len(differences) < len(best.differences):
-            best = Candidate(family, config, setting, heads, absent, differences)
-        if not best.differences:
-            break
-    return best
+    kind = _kind(shapes)
+    if config is not None:
+        match = _compare(shapes, dict(config), None, may_lack_norms)
+        closest, asked = 'this one differs', 'that of the config'
+    else:
+        match = min((_compare(shapes, model.backbone, model, may_lack_norms) for model in RELEASED
+                     if model.backbone['type'] == kind.__name__),
+                    key=lambda match: match.num_differences)
+        closest = f'this one comes closest to {match.released.name}' if match.released else ''
+        asked = ('one of the released models, or named by a config of its own (backbone=..., '
+                 '--config CONFIG)')
+    if match.num_differences:
+        raise ValueError(f'the backbone must be {asked}; {closest}: {match.describe(name)}')
+    return match
 
 
-def _absent_norms(family: Family, shapes: Shapes, expected: Shapes) -> dict[str, tuple[int, ...]]:
-    if family.output_norms is None or any(family.output_norms.match(key) for key in shapes):
-        return {}
-    return {key: shape for key, shape in expected.items() if family.output_norms.match(key)}
-
-
-def _family(shapes: Shapes) -> Family:
-    family = max(FAMILIES.values(), key=lambda f: sum(key.startswith(f.markers) for key in shapes))
-    known = any(key.startswith(family.markers) for key in shapes)
+def _kind(shapes: Shapes) -> type[KWBackbone]:
+    """The class of backbone that most keys start as."""
+    counts = {kind: sum(key.startswith(family.marker) for key in shapes)
+              for kind, family in FAMILIES.items()}
+    kind = max(counts, key=counts.__getitem__)
     if not any(key.startswith('warehouse_manager.') or '.attention.fc' in key for key in shapes):
-        what = f', it looks like a static {family.name}' if known else f': {listed(shapes)}'
+        what = (f', it looks like a static {FAMILIES[kind].name}' if counts[kind]
+                else f': {listed(shapes)}')
         raise ValueError('a KW backbone must have warehouses (warehouse_manager.weights.*) and '
                          f'attentions (*.attention.*), this state dict has none{what}')
-    if not known:
-        raise ValueError(f'a KW backbone must be one of {list(FAMILIES)}; no key starts as theirs '
-                         f'do, got {listed(shapes)}')
-    return family
+    if not counts[kind]:
+        raise ValueError(f'a KW backbone must be one of {[f.name for f in FAMILIES.values()]}; no '
+                         f'key starts as theirs do, got {listed(shapes)}')
+    return kind
 
 
-def _proposals(family: Family, shapes: Shapes) -> Iterator[tuple[dict[str, Any], Setting | None]]:
-    outline = family.outline(shapes)
-    released = [setting for setting in RELEASED if setting.backbone['type'] == family.type]
-    likely = [s for s in released if s.backbone.items() >= outline.items()]
-    yield from ((setting.backbone, setting) for setting in likely)
-    for structure in family.structures(outline, shapes):
-        plain = dict(type=family.type, **structure)
-        warehouses = [[layer.spec for layer in warehouse.layers]
-                      for warehouse in family.build(plain).plan.warehouses]
-        for kw_cfg in infer_kw_cfg(warehouses, shapes, family.attn_norm):
-            yield dict(plain, kw_cfg=kw_cfg), None
-    # With much missing even the outline is a guess.
-    yield from ((setting.backbone, setting) for setting in released if setting not in likely)
+def _compare(shapes: Shapes, config: dict[str, Any], released: ReleasedModel | None,
+             may_lack_norms: bool) -> Match:
+    with torch.device('meta'):  # no memory for tensors
+        backbone = MODELS.build({key: value for key, value in config.items() if key != 'init_cfg'})
+    family = next((family for kind, family in FAMILIES.items() if isinstance(backbone, kind)), None)
+    if family is None or not backbone.plan.layers:
+        raise ValueError('the config must have one of our KW backbones, '
+                         f'{[kind.__name__ for kind in FAMILIES]}, got {config}')
+    expected = {key: tuple(value.shape) for key, value in backbone.state_dict().items()}
+    absent = {}
+    if may_lack_norms and not any(map(OUTPUT_NORMS.match, shapes)):
+        absent = {key: shape for key, shape in expected.items() if OUTPUT_NORMS.match(key)}
+    # A dynamic classifier has a warehouse among those of the backbone. Its cells have one spatial
+    # dimension, being those of a linear layer (method, section 4).
+    heads = tuple(key for key, shape in shapes.items() if key not in expected and (
+        key.startswith(family.heads)
+        or (key.startswith('warehouse_manager.weights.') and len(shape) == 4)))
+    return Match(
+        family.name, config, released, heads, absent,
+        missing={key: shape for key, shape in expected.items()
+                 if key not in shapes and key not in absent},
+        unknown={key: shape for key, shape in shapes.items()
+                 if key not in expected and key not in heads},
+        misshapen={key: (shape, expected[key]) for key, shape in shapes.items()
+                   if key in expected and shape != expected[key]})

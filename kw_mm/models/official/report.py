@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .layout import listed
-from .settings import Setting
+from .released import ReleasedModel
 
 
 @dataclass(frozen=True)
@@ -17,52 +17,45 @@ class ConversionReport:
         family: ``'ResNet'``, ``'ConvNeXt'`` or ``'MobileNetV2'``.
         kind: ``'classifier'``, ``'backbone'``, ``'detector'`` or ``'segmentor'``.
         backbone: The config dict that builds the backbone.
-        setting: The released model that it is, or None if it is another.
-        to_official: Whether the conversion was towards the authors' layout.
+        released: The released model that it is, or None if it is another.
         container: The entry of the authors' file with the weights, None if it has no entries.
         choices: All entries of the file that hold weights, where the authors' file was read.
         num_tensors: Tensors written, of them ``num_backbone`` of the backbone.
         num_backbone: See there.
         parts: Names of the other parts of a detector, passed on as they are.
+        left_out: Entries of the file that were not written; they hold no weights, or others.
+        has_classes: Whether the names of a detector's classes are known.
         dropped: Keys of tensors that were not written: a classifier, or norms added before.
         added: Keys of tensors that were not in the file: norms of 1 and 0.
         kept: Keys of norms that were added before and have been trained since.
-        left_out: Entries of the file that were not written; they hold no weights, or others.
-        has_classes: Whether the names of a detector's classes are known.
+        to_official: Whether the conversion was towards the authors' layout.
     """
 
     family: str
     kind: str
     backbone: dict[str, Any]
-    setting: Setting | None
-    to_official: bool
+    released: ReleasedModel | None
     container: str | None
     choices: tuple[str, ...]
     num_tensors: int
     num_backbone: int
     parts: tuple[str, ...]
-    dropped: tuple[str, ...]
-    added: tuple[str, ...]
-    kept: tuple[str, ...]
     left_out: tuple[str, ...]
     has_classes: bool
+    dropped: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    to_official: bool = False
 
     @property
     def name(self) -> str:
         """Of the released model, or that it is none."""
-        return self.setting.name if self.setting else 'no released model'
-
-    @property
-    def budget(self) -> str:
-        """``'1/2x'``; of no released model what its config says, ``'cell_num_ratio=0.3'``."""
-        if self.setting:
-            return self.setting.budget
-        return f'cell_num_ratio={self.backbone["kw_cfg"]["cell_num_ratio"]}'
+        return self.released.name if self.released else 'no released model'
 
     @property
     def config(self) -> str | None:
         """Path of the matching detection config in the repository, if there is one."""
-        return self.setting.config if self.setting else None
+        return self.released.config if self.released else None
 
     @property
     def backbone_code(self) -> str:
@@ -73,7 +66,8 @@ class ConversionReport:
         return '\n'.join(f'{title:<10}{text}' for title, text in self._lines())
 
     def _lines(self) -> Iterable[tuple[str, str]]:
-        yield 'found', f'{self.kind}, KW-{self.family} {self.budget} ({self.name})'
+        budget = f' {self.released.budget}' if self.released else ''
+        yield 'found', f'{self.kind}, KW-{self.family}{budget} ({self.name})'
         where = repr(self.container) if self.container else 'directly in the file'
         if self.to_official:
             yield 'weights', f"in the authors' layout, {where}"
