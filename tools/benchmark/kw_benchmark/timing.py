@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,8 +21,7 @@ import torch
 Phases = Mapping[str, Callable[[Any], Any]]
 
 
-@dataclass(frozen=True)
-class Ratio:
+class Ratio(NamedTuple):
     """How much longer one program takes than another, over the rounds."""
 
     median: float
@@ -35,11 +34,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Times:
-    """Times of one program.
-
-    Attributes:
-        phases: Seconds of each phase, one entry for each round.
-    """
+    """Seconds of each phase of one program, one entry for each round."""
 
     phases: Mapping[str, tuple[float, ...]]
 
@@ -57,6 +52,11 @@ class Times:
         ratios = [a / b for a, b in zip(self.rounds(*names), other.rounds(*names))]
         return Ratio(statistics.median(ratios), min(ratios), max(ratios))
 
+    def summary(self) -> dict[str, Any]:
+        """Medians of the whole and of each phase, and all rounds, as plain data."""
+        return dict(total=self.median(), **{phase: self.median(phase) for phase in self.phases},
+                    rounds=list(self.rounds()))
+
 
 def synchronise(device: str) -> None:
     """Waits for what the device has been given."""
@@ -70,19 +70,8 @@ def time_in_turns(programs: Mapping[str, Phases], device: str = 'cpu', num_round
 
     On CUDA, events stand between the phases, so that none waits for the one before it.
 
-    Args:
-        programs: The programs by name.
-        device: Where they run.
-        num_rounds: How often each is measured.
-        num_warmups: Runs of each before that.
-        min_seconds: A short program is repeated within a round to last about so long; its times
-            are the means.
-
-    Returns:
-        Times by the programs' names.
-
-    Raises:
-        ValueError: If there is no round.
+    Each is warmed up, then measured ``num_rounds`` times. A short program is repeated within a
+    round to last about ``min_seconds``; its times are the means.
     """
     if num_rounds < 1:
         raise ValueError(f'num_rounds must be an integer >= 1, got {num_rounds!r}')
@@ -90,7 +79,7 @@ def time_in_turns(programs: Mapping[str, Phases], device: str = 'cpu', num_round
     for name, phases in programs.items():
         for _ in range(max(num_warmups, 1)):
             last = sum(_run(phases, device, 1).values())
-        repeats[name] = max(1, math.ceil(min_seconds / max(last, 1e-9))) if min_seconds else 1
+        repeats[name] = max(1, math.ceil(min_seconds / max(last, 1e-9)))
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in programs}
     was_enabled = gc.isenabled()
     gc.disable()

@@ -1,0 +1,154 @@
+"""The networks that are compared, and what is done to them before they run."""
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from mmcv.cnn import fuse_conv_bn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import kw_mm
+from kw_mm.layers import Attention
+from kw_mm.models import KWConvNeXt, KWMobileNetV2, KWResNet
+from kw_mm.models.backbones.convnext import ConvNeXtBlock
+
+from .programs import KW_CONVS
+
+BACKBONES = {cls.__name__: cls for cls in (KWResNet, KWConvNeXt, KWMobileNetV2)}
+SHAPE = (2, 64, 64)  # batch, height and width of images that statistics or parity need
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is compared: a backbone at a budget, in which everything trains.
+
+    Attributes:
+        name: Of the backbone, one of ``BACKBONES``.
+        budget: Cells per mixture.
+        options: Of the backbone, for both twins.
+        kw_cfg: Further settings of the warehouses.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+
+    name: str
+    budget: float
+    options: Mapping[str, Any] = field(default_factory=dict)
+    kw_cfg: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.name not in BACKBONES:
+            raise ValueError(f'backbone must be one of {list(BACKBONES)}, got {self.name!r}')
+
+    @property
+    def label(self) -> str:
+        """Name, options and budget."""
+        return ', '.join((self.name, *(f'{key}={value}' for key, value in self.options.items()),
+                          f'b={self.budget:g}',
+                          *(f'{key}={value}' for key, value in self.kw_cfg.items())))
+
+    def build(self, static: bool = False) -> nn.Module:
+        """The network, or its static twin."""
+        backbone = BACKBONES[self.name]
+        options = dict(frozen_stages=-1, norm_eval=False, drop_path_rate=0.0)
+        known = inspect.signature(backbone).parameters
+        options = {key: value for key, value in options.items() if key in known}
+        kw_cfg = None if static else dict(self.kw_cfg, cell_num_ratio=self.budget)
+        return backbone(**{**options, **self.options}, static=static, kw_cfg=kw_cfg)
+
+    def build_trained(self, static: bool = False) -> nn.Module:
+        """The same with attentions whose ReLU is open for half of the units, as in trained ones."""
+        module = self.build(static)
+        randomise_(module, make_images(*SHAPE))
+        return module
+
+
+def make_images(batch: int, height: int, width: int) -> Tensor:
+    """Noise ``(batch, 3, height, width)``, each image and channel of its own level and contrast.
+
+    The means of pure noise are all alike, and so would be the attentions.
+    """
+    images = torch.randn(batch, 3, height, width)
+    level, contrast = torch.randn(2, batch, 3, 1, 1)
+    return level + images * (0.5 + contrast.abs())
+
+
+def randomise_(module: nn.Module, x: Tensor) -> None:
+    """Gives a fresh network what a trained one has: a say for every layer, and statistics.
+
+    At the start of training the last norm of a residual block is zero, a ConvNeXt block's scale a
+    millionth, and the attention knows no bias, so that much could be wrong and not be seen.
+    Running statistics become those of the images ``x``, of at least two; the mode is kept.
+    """
+    was_training = {m: m.training for m in module.modules()}
+    momenta = {}
+    with torch.no_grad():
+        for layer in module.modules():
+            if isinstance(layer, (_BatchNorm, nn.LayerNorm)) and layer.weight is not None:
+                layer.weight.uniform_(0.5, 1.5)
+                layer.bias.normal_(std=0.2)
+            if isinstance(layer, _BatchNorm):
+                momenta[layer], layer.momentum = layer.momentum, 1.0
+                layer.training = True
+            elif isinstance(layer, ConvNeXtBlock) and layer.gamma is not None:
+                layer.gamma.uniform_(0.5, 1.5)
+            elif isinstance(layer, Attention):
+                for bias, weight in ((layer.fc1.bias, layer.fc1.weight),
+                                     (layer.fc2.bias, layer.fc2.weight),
+                                     (layer.basis_bias, layer.fc2.weight)):
+                    if bias is not None:
+                        bias.normal_(std=weight.std().item())
+        module(x)
+        for layer, momentum in momenta.items():
+            layer.momentum = momentum
+            # A channel that is alike in these few images would be blown up in others.
+            least = (layer.running_var + layer.running_mean.square()).mean()
+            layer.running_var.clamp_(min=least.item())
+    for layer, mode in was_training.items():
+        layer.training = mode
+
+
+def folded(module: nn.Module) -> nn.Module | None:
+    """A copy with batch norms folded into the static convolutions before them; None without any."""
+    folded_copy = fuse_conv_bn(copy.deepcopy(module).eval())
+    count, before = (sum(isinstance(m, _BatchNorm) for m in net.modules())
+                     for net in (folded_copy, module))
+    return folded_copy if count < before else None
+
+
+def optimised(module: nn.Module, memory_budget: int | None = None) -> tuple[nn.Module, Any]:
+    """A copy after ``kw_mm.optimize_for_inference_``, and the report that returns."""
+    fast = copy.deepcopy(module).eval()
+    return fast, kw_mm.optimize_for_inference_(fast, memory_budget=memory_budget)
+
+
+def distinct_layers(module: nn.Module, shape: tuple[int, int, int]
+                    ) -> list[tuple[str, tuple[int, ...], int]]:
+    """The KW layers of a placed network, one of each geometry: name, shape of the input, number.
+
+    ``shape`` is batch, height and width of the network's images.
+    """
+    names = {layer: name for name, layer in module.named_modules()}
+    seen: dict[Any, list] = {}
+
+    def note(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        plan, (x,) = layer.plan, args
+        key = (plan.spec.weight_shape, layer.groups, layer.stride, layer.padding, layer.dilation,
+               x.shape, plan.num_mixtures, plan.num_cells, plan.hidden, plan.num_basis)
+        seen.setdefault(key, [names[layer], (shape[0], *x.shape[1:]), 0])[2] += 1
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in names
+             if isinstance(layer, KW_CONVS)]
+    parameter = next(module.parameters())
+    with torch.inference_mode():
+        module.eval()(torch.zeros(1, 3, *shape[1:], device=parameter.device,
+                                  dtype=parameter.dtype))
+    for hook in hooks:
+        hook.remove()
+    return [tuple(entry) for entry in seen.values()]
