@@ -12,10 +12,9 @@ from typing import Any
 
 from .assignment import Assignment, assign_cells, floor
 from .config import WarehouseConfig
-from .table import format_table
+from .plan_table import describe_plan, describe_static
 
 MIN_WIDTH = 16  # of the attention's hidden vector and of a non-local basis
-MAX_NAMES = 6  # of static layers, printed for one reason
 
 
 @dataclass(frozen=True)
@@ -147,13 +146,10 @@ class WarehousePlan:
     Attributes:
         warehouses: All of them.
         static: Of a converted network, names of layers that stayed static, with the reason.
-        start: Of a converted network, how well each warehouse reproduces the static kernels it
-            started from (``kw_mm.layers.StartReport``); prints as a table.
     """
 
     warehouses: tuple[Warehouse, ...]
     static: tuple[tuple[str, str], ...] = ()
-    start: Any = None
 
     def __post_init__(self) -> None:
         layers = {layer.spec.name: layer for w in self.warehouses for layer in w.layers}
@@ -186,32 +182,11 @@ class WarehousePlan:
         return sum(layer.spec.num_static_parameters for layer in self.layers.values())
 
     def __str__(self) -> str:
-        rows = []
-        for index, warehouse in enumerate(self.warehouses):
-            shared = (str(index), f'{warehouse.num_cells} x {_times(warehouse.cell_shape)}')
-            for layer in warehouse.layers:
-                rows.append((
-                    *shared, layer.spec.name or '-', _times(layer.spec.weight_shape),
-                    f'{layer.num_mixtures:,}', layer.assignment.label,
-                    f'{layer.num_attention_parameters:,}'))
-                shared = ('', '')  # a warehouse is named on its first line alone
-        return '\n'.join((
-            format_table(('warehouse', 'cells', 'layer', 'weight', 'mixtures', 'own cells',
-                          'attention'), rows, right=(4, 6)),
-            f'{len(self.layers)} layers share {len(self.warehouses)} warehouses: '
-            f'{self.num_parameters:,} parameters ({self.num_cell_parameters:,} in cells, '
-            f'{self.num_attention_parameters:,} in attention); static: '
-            f'{self.num_static_parameters:,}',
-            *self.describe_static()))
+        return describe_plan(self)
 
     def describe_static(self) -> Iterator[str]:
         """One line for each reason why layers stayed static."""
-        reasons: dict[str, list[str]] = {}
-        for name, reason in self.static:
-            reasons.setdefault(reason, []).append(name)
-        for reason, names in reasons.items():
-            more = f', ... ({len(names)} layers)' if len(names) > MAX_NAMES else ''
-            yield f'static, {reason}: {", ".join(names[:MAX_NAMES])}{more}'
+        return describe_static(self.static)
 
 
 def plan_warehouses(layers: Iterable[ConvSpec],
@@ -323,7 +298,3 @@ def _grid(index: int, spec: ConvSpec, cell_shape: tuple[int, ...],
                 f'of layer {spec.name!r}')
     positions = math.prod(spec.kernel_size) // math.prod(cell_shape[2:])
     return (positions, spec.weight_shape[0] // cell_shape[0], spec.weight_shape[1] // cell_shape[1])
-
-
-def _times(shape: Iterable[int]) -> str:
-    return 'x'.join(map(str, shape))

@@ -46,7 +46,7 @@ def optimised(module: nn.Module, memory_budget: int | None = None
 def bases_everywhere() -> Iterator[None]:
     """Makes bases pay for every layer, however small."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('kw_mm.inference.budget.MIN_WIDTH', 0)
+        patch.setattr('kw_mm.inference.budget.MIN_BASIS_INPLANES', 0)
         patch.setattr('kw_mm.inference.budget.BALANCE', 1e-6)
         yield
 

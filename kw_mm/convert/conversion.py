@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..config import WarehouseConfig
-from ..layers import KWLinear, WarehouseManager, start_from_static_
+from ..layers import KWLinear, StartReport, WarehouseManager, start_from_static_
 from ..plan import Warehouse, WarehousePlan
 from .candidates import KW_LAYERS, Candidate, FilterFn, find_candidates
 from .forms import PlainConv, has_own_form, read_plain
@@ -32,7 +32,7 @@ MANAGER = 'warehouse_manager'
 
 def convert_to_kw_(module: nn.Module, kw_cfg: WarehouseConfig | Mapping[str, Any] | None = None,
                    groups: Groups | None = None, filter_fn: FilterFn = None,
-                   linear: bool = False) -> WarehousePlan:
+                   linear: bool = False) -> ConvertedPlan:
     """Makes the convolutions of a module dynamic, in place, starting from their weights.
 
     At temperature 0 the module computes what it did before if the budget is at least 1;
@@ -94,6 +94,18 @@ def convert_to_kw_(module: nn.Module, kw_cfg: WarehouseConfig | Mapping[str, Any
 
 
 @dataclass(frozen=True)
+class ConvertedPlan(WarehousePlan):
+    """The plan of a converted network, with what became of its weights.
+
+    Attributes:
+        start: How well each warehouse reproduces the static kernels it started from; prints as a
+            table. None if nothing did.
+    """
+
+    start: StartReport | None = None
+
+
+@dataclass(frozen=True)
 class Conversion:
     """A conversion that is decided but not done.
 
@@ -107,7 +119,7 @@ class Conversion:
     plan: WarehousePlan
     layers: tuple[Candidate, ...]
 
-    def apply_(self, start: bool = True) -> WarehousePlan:
+    def apply_(self, start: bool = True) -> ConvertedPlan:
         """Does it.
 
         Args:
@@ -123,17 +135,20 @@ class Conversion:
             cells.data = cells.data.to(weights[0].device, weights[0].dtype)
             cells.requires_grad = any(weight.requires_grad for weight in weights)
         manager.train(self.module.training)
-        made, starts = {}, []
+        made: dict[nn.Module, nn.Module] = {}
+        starts = []
         for candidate in self.layers:
             plain = read_plain(candidate.module, candidate.name)
             made[candidate.module], conv = _make(candidate, plain, manager)
             starts.append((conv, plain.weight, plain.bias))
+        plan = ConvertedPlan(self.plan.warehouses, self.plan.static)
         if start:
-            manager.plan = replace(self.plan, start=start_from_static_(starts))
-            logger.info('%s', manager.plan.start)
+            plan = replace(plan, start=start_from_static_(starts))
+            logger.info('%s', plan.start)
+        manager.plan = plan
         swap_(self.module, made)
         setattr(self.module, MANAGER, manager)
-        return manager.plan
+        return plan
 
     def _members(self, warehouse: Warehouse) -> list[Candidate]:
         names = {layer.spec.name for layer in warehouse.layers}

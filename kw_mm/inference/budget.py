@@ -12,7 +12,7 @@ BALANCE = 10
 # Of the hidden units, those that a ReLU leaves active.
 ACTIVE = 0.5
 # Blocks of bases narrower than this are not worth their bookkeeping.
-MIN_WIDTH = 32
+MIN_BASIS_INPLANES = 32
 
 
 def assembly_cost(plan: LayerPlan) -> float:
@@ -44,7 +44,7 @@ def choose_layers(plans: Mapping[str, LayerPlan], itemsizes: Mapping[str, int],
     """
     sizes = {name: bases_size(plan) * itemsizes[name] for name, plan in plans.items()}
     rewards = {name: (assembly_cost(plan) - bases_cost(plan)) / sizes[name]
-               for name, plan in plans.items() if plan.cell_shape[1] >= MIN_WIDTH}
+               for name, plan in plans.items() if plan.cell_shape[1] >= MIN_BASIS_INPLANES}
     chosen = []
     for name in sorted(rewards, key=rewards.__getitem__, reverse=True):
         if rewards[name] > 0 and sizes[name] <= memory_budget:

@@ -26,7 +26,7 @@ LAST_BLOCK = 17
 DEPTHWISE, EXPAND, PROJECT = 'dwconv', 'pwconv0', 'pwconv1'
 
 
-class ConvArgs(NamedTuple):
+class FeatureConv(NamedTuple):
     """A convolution: where it is, what it is for, and what it maps."""
 
     path: str
@@ -37,11 +37,11 @@ class ConvArgs(NamedTuple):
     dilation: int = 1
 
 
-class BlockArgs(NamedTuple):
+class FeatureBlock(NamedTuple):
     """An inverted residual block: the KW stage whose warehouses it uses, and its convolutions."""
 
     stage: int
-    convs: list[ConvArgs]
+    convs: list[FeatureConv]
 
     @property
     def has_shortcut(self) -> bool:
@@ -63,7 +63,7 @@ class InvertedResidual(nn.Module):
         with_cp: Whether to recompute activations in the backward pass.
     """
 
-    def __init__(self, block: BlockArgs, make_conv: Callable[[ConvArgs], nn.Module],
+    def __init__(self, block: FeatureBlock, make_conv: Callable[[FeatureConv], nn.Module],
                  norm_cfg: Mapping[str, Any], act_cfg: Mapping[str, Any], drop_path_rate: float,
                  with_cp: bool) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class InvertedResidual(nn.Module):
         return y if self.drop_path is None else x + self.drop_path(y)
 
 
-def conv_norm_act(conv: ConvArgs, make_conv: Callable[[ConvArgs], nn.Module],
+def conv_norm_act(conv: FeatureConv, make_conv: Callable[[FeatureConv], nn.Module],
                   norm_cfg: Mapping[str, Any], act_cfg: Mapping[str, Any]) -> nn.Sequential:
     """A convolution, its norm and its activation, with torchvision's keys ``0`` and ``1``."""
     return nn.Sequential(make_conv(conv), build_norm_layer(norm_cfg, conv.out_channels)[1],
@@ -207,7 +207,7 @@ class KWMobileNetV2(KWBackbone):
                           f'{ours}.{len(activated) + 1}': f'{theirs}.linear_conv.bn'})
         return dict(mmdet=table)
 
-    def _block_conv(self, conv: ConvArgs) -> nn.Module:
+    def _block_conv(self, conv: FeatureConv) -> nn.Module:
         kernel_size, groups = _kernel_and_groups(conv)
         return self._conv(conv.path, conv.in_channels, conv.out_channels, kernel_size,
                           stride=conv.stride, padding=kernel_size // 2 * conv.dilation,
@@ -229,10 +229,10 @@ def make_divisible(value: float, divisor: int = 8) -> int:
 
 
 def _layout(widen_factor: float, in_channels: int, strides: Sequence[int],
-            dilations: Sequence[int]) -> tuple[ConvArgs, list[BlockArgs], ConvArgs]:
+            dilations: Sequence[int]) -> tuple[FeatureConv, list[FeatureBlock], FeatureConv]:
     """The stem, the blocks and the last layer."""
     channels = make_divisible(32 * widen_factor)
-    stem = ConvArgs('features.0.0', 'stem', in_channels, channels, 2)
+    stem = FeatureConv('features.0.0', 'stem', in_channels, channels, 2)
     blocks = []
     previous = STAGES[0]
     for (expansion, width, num_blocks, _, stage), *first in zip(ROWS, strides, dilations):
@@ -240,23 +240,23 @@ def _layout(widen_factor: float, in_channels: int, strides: Sequence[int],
             stride, dilation = first if i == 0 else (1, 1)
             hidden, out_channels = channels * expansion, make_divisible(width * widen_factor)
             path = f'features.{len(blocks) + 1}.conv'
-            depthwise = ConvArgs(f'{path}.0.0', DEPTHWISE, hidden, hidden, stride, dilation)
-            project = ConvArgs(f'{path}.1', PROJECT, hidden, out_channels)
+            depthwise = FeatureConv(f'{path}.0.0', DEPTHWISE, hidden, hidden, stride, dilation)
+            project = FeatureConv(f'{path}.1', PROJECT, hidden, out_channels)
             if expansion == 1:
                 convs = [depthwise, project]
             else:
-                convs = [ConvArgs(f'{path}.0.0', EXPAND, channels, hidden),
+                convs = [FeatureConv(f'{path}.0.0', EXPAND, channels, hidden),
                          depthwise._replace(path=f'{path}.1.0'),
                          project._replace(path=f'{path}.2')]
             # A stage's first block is handed over to the stage before it.
-            blocks.append(BlockArgs(previous, convs))
+            blocks.append(FeatureBlock(previous, convs))
             channels, previous = out_channels, stage
-    last = ConvArgs(f'features.{len(blocks) + 1}.0', PROJECT, channels,
+    last = FeatureConv(f'features.{len(blocks) + 1}.0', PROJECT, channels,
                     make_divisible(1280 * max(1.0, widen_factor)))
     return stem, blocks, last
 
 
-def _dynamic_convs(stem: ConvArgs, blocks: Sequence[BlockArgs], last: ConvArgs,
+def _dynamic_convs(stem: FeatureConv, blocks: Sequence[FeatureBlock], last: FeatureConv,
                    share_pointwise: bool, static_stages: Sequence[int]) -> Iterator[ConvSpec]:
     """The dynamic convolutions in module order, each with its warehouse's key."""
     for stage, convs in ((0, [stem]), *blocks, (STAGES[-1], [last])):
@@ -271,6 +271,6 @@ def _dynamic_convs(stem: ConvArgs, blocks: Sequence[BlockArgs], last: ConvArgs,
                            groups, warehouse=f'stage{stage}.{kind}')
 
 
-def _kernel_and_groups(conv: ConvArgs) -> tuple[int, int]:
+def _kernel_and_groups(conv: FeatureConv) -> tuple[int, int]:
     pointwise = conv.kind in (EXPAND, PROJECT)
     return 1 if pointwise else 3, conv.in_channels if conv.kind == DEPTHWISE else 1

@@ -15,7 +15,7 @@ from ...plan import ConvSpec
 from .base import KWBackbone, check_choice, check_drop_path_rate, check_indices
 
 
-class ConvArgs(NamedTuple):
+class BlockConv(NamedTuple):
     """A convolution of a residual block: where it is and what it maps."""
 
     name: str
@@ -39,7 +39,7 @@ class ResidualBlock(nn.Module):
         zero_init_residual: Whether the last norm starts at zero, the block thus as its shortcut.
     """
 
-    def __init__(self, convs: Sequence[ConvArgs], make_conv: Callable[[ConvArgs], nn.Module],
+    def __init__(self, convs: Sequence[BlockConv], make_conv: Callable[[BlockConv], nn.Module],
                  downsample: nn.Module | None, norm_cfg: Mapping[str, Any], drop_path_rate: float,
                  with_cp: bool, zero_init_residual: bool) -> None:
         super().__init__()
@@ -74,26 +74,26 @@ class ResidualBlock(nn.Module):
         return shortcut + self.drop_path(y)
 
 
-def basic_convs(in_channels: int, planes: int, stride: int, dilation: int) -> list[ConvArgs]:
+def basic_convs(in_channels: int, planes: int, stride: int, dilation: int) -> list[BlockConv]:
     """The two 3x3 convolutions of ResNet18 and 34."""
-    return [ConvArgs('conv1', in_channels, planes, 3, stride, dilation),
-            ConvArgs('conv2', planes, planes, 3)]
+    return [BlockConv('conv1', in_channels, planes, 3, stride, dilation),
+            BlockConv('conv2', planes, planes, 3)]
 
 
-def bottleneck_convs(in_channels: int, planes: int, stride: int, dilation: int) -> list[ConvArgs]:
+def bottleneck_convs(in_channels: int, planes: int, stride: int, dilation: int) -> list[BlockConv]:
     """1x1, 3x3, 1x1 of the deeper ones, stride and dilation on the 3x3."""
-    return [ConvArgs('conv1', in_channels, planes, 1),
-            ConvArgs('conv2', planes, planes, 3, stride, dilation),
-            ConvArgs('conv3', planes, 4 * planes, 1)]
+    return [BlockConv('conv1', in_channels, planes, 1),
+            BlockConv('conv2', planes, planes, 3, stride, dilation),
+            BlockConv('conv3', planes, 4 * planes, 1)]
 
 
-class BlockArgs(NamedTuple):
+class BlockGeometry(NamedTuple):
     """A residual block: its place, its convolutions and its shortcut's, if that has one."""
 
     stage: int
     index: int
-    convs: list[ConvArgs]
-    shortcut: ConvArgs | None
+    convs: list[BlockConv]
+    shortcut: BlockConv | None
 
     @property
     def path(self) -> str:
@@ -254,12 +254,12 @@ class KWResNet(KWBackbone):
             self.add_module(self._norm1, norm)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
 
-    def _block_conv(self, name: str, conv: ConvArgs) -> nn.Module:
+    def _block_conv(self, name: str, conv: BlockConv) -> nn.Module:
         return self._conv(name, conv.in_channels, conv.out_channels, conv.kernel_size,
                           stride=conv.stride, padding=conv.kernel_size // 2 * conv.dilation,
                           dilation=conv.dilation, bias=False)
 
-    def _shortcut(self, block: BlockArgs, avg_down: bool,
+    def _shortcut(self, block: BlockGeometry, avg_down: bool,
                   norm_cfg: Mapping[str, Any]) -> nn.Sequential | None:
         conv = block.shortcut
         if conv is None:
@@ -295,20 +295,20 @@ def _dilations(depths: Sequence[int], dilations: Sequence[int], contract: bool,
     return blocks
 
 
-def _layout(block_convs: Callable[..., list[ConvArgs]], in_channels: int, base_channels: int,
-            strides: Sequence[int], dilations: Sequence[Sequence[int]]) -> Iterator[BlockArgs]:
+def _layout(block_convs: Callable[..., list[BlockConv]], in_channels: int, base_channels: int,
+            strides: Sequence[int], dilations: Sequence[Sequence[int]]) -> Iterator[BlockGeometry]:
     for stage, block_dilations in enumerate(dilations):
         for index, dilation in enumerate(block_dilations):
             stride = strides[stage] if index == 0 else 1
             convs = block_convs(in_channels, base_channels * 2**stage, stride, dilation)
             out_channels = convs[-1].out_channels
             changes = stride != 1 or in_channels != out_channels
-            yield BlockArgs(stage, index, convs, ConvArgs(
+            yield BlockGeometry(stage, index, convs, BlockConv(
                 'downsample', in_channels, out_channels, 1, stride) if changes else None)
             in_channels = out_channels
 
 
-def _dynamic_convs(blocks: Sequence[BlockArgs], avg_down: bool) -> Iterator[ConvSpec]:
+def _dynamic_convs(blocks: Sequence[BlockGeometry], avg_down: bool) -> Iterator[ConvSpec]:
     """The dynamic convolutions in module order, each with the stage whose warehouse it is of."""
     for block in blocks:
         bottleneck = len(block.convs) == 3
@@ -326,5 +326,5 @@ def _dynamic_convs(blocks: Sequence[BlockArgs], avg_down: bool) -> Iterator[Conv
                            warehouse=f'stage{stage}')
 
 
-def _shortcut_path(block: BlockArgs, avg_down: bool) -> str:
+def _shortcut_path(block: BlockGeometry, avg_down: bool) -> str:
     return f'{block.path}.downsample.{int(avg_down)}'

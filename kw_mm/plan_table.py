@@ -1,0 +1,47 @@
+"""A plan for people to read: a table, and what stayed static."""
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from .table import format_table
+
+if TYPE_CHECKING:
+    from .plan import WarehousePlan
+
+MAX_NAMES = 6  # of static layers, printed for one reason
+
+
+def describe_plan(plan: WarehousePlan) -> str:
+    """A line for each layer, the parameters of all, and why layers stayed static."""
+    rows = []
+    for index, warehouse in enumerate(plan.warehouses):
+        shared = (str(index), f'{warehouse.num_cells} x {_times(warehouse.cell_shape)}')
+        for layer in warehouse.layers:
+            rows.append((
+                *shared, layer.spec.name or '-', _times(layer.spec.weight_shape),
+                f'{layer.num_mixtures:,}', layer.assignment.label,
+                f'{layer.num_attention_parameters:,}'))
+            shared = ('', '')  # a warehouse is named on its first line alone
+    return '\n'.join((
+        format_table(('warehouse', 'cells', 'layer', 'weight', 'mixtures', 'own cells',
+                      'attention'), rows, right=(4, 6)),
+        f'{len(plan.layers)} layers share {len(plan.warehouses)} warehouses: '
+        f'{plan.num_parameters:,} parameters ({plan.num_cell_parameters:,} in cells, '
+        f'{plan.num_attention_parameters:,} in attention); static: '
+        f'{plan.num_static_parameters:,}',
+        *describe_static(plan.static)))
+
+
+def describe_static(static: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """One line for each reason why layers stayed static, of names and reasons."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in static:
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        more = f', ... ({len(names)} layers)' if len(names) > MAX_NAMES else ''
+        yield f'static, {reason}: {", ".join(names[:MAX_NAMES])}{more}'
+
+
+def _times(shape: Iterable[int]) -> str:
+    return 'x'.join(map(str, shape))
