@@ -1,4 +1,7 @@
-"""Plain text tables, for what we print."""
+"""Plain text tables, for what we print.
+
+Ours, for the core needs torch alone: a library of tables would be a second package to install.
+"""
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
