@@ -14,9 +14,8 @@ from kw_mm import OptimizationReport, optimize_for_inference_
 from kw_mm.layers import Attention
 
 
-def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Sets whatever starts at zero or one to random values, in place, and evaluation."""
-    torch.manual_seed(seed)
+def perturb_norms_(module: nn.Module) -> nn.Module:
+    """Makes norms neither the identity nor zero, in place."""
     for layer in module.modules():
         if isinstance(layer, (_BatchNorm, nn.LayerNorm, nn.GroupNorm)) and layer.weight is not None:
             nn.init.uniform_(layer.weight, 0.5, 1.5)
@@ -24,6 +23,14 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
         if isinstance(layer, _BatchNorm) and layer.running_mean is not None:
             nn.init.normal_(layer.running_mean, 0, 0.2)
             nn.init.uniform_(layer.running_var, 0.5, 1.5)
+    return module
+
+
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Sets whatever starts at zero or one to random values, in place, and evaluation."""
+    torch.manual_seed(seed)
+    perturb_norms_(module)
+    for layer in module.modules():
         if isinstance(layer, Attention):
             bias = layer.fc2.bias if layer.basis_bias is None else layer.basis_bias
             nn.init.normal_(bias, 0, 0.1)

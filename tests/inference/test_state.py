@@ -1,8 +1,7 @@
 """Optimised modules are modules like any other: copies, files, dtypes, modes, state dicts."""
 import copy
-import io
-import pickle
 
+import copies
 import pytest
 import torch
 from optimised import bases_everywhere, error, optimised, optimised_with, outputs, randomise
@@ -40,17 +39,7 @@ def x():
     return torch.randn(3, 3, 40, 40, generator=torch.Generator().manual_seed(1)).double()
 
 
-def pickled(module):
-    return pickle.loads(pickle.dumps(module))
-
-
-def saved(module):
-    buffer = io.BytesIO()
-    torch.save(module, buffer)
-    return torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
-
-
-@pytest.mark.parametrize('duplicate', [copy.deepcopy, pickled, saved])
+@pytest.mark.parametrize('duplicate', copies.WAYS)
 @pytest.mark.parametrize('used', [False, True])
 def test_copies_stand_alone(model, kind, x, duplicate, used):
     original, _ = optimised_with(kind, model)
@@ -172,7 +161,7 @@ def test_cells_that_are_stored_by_rows_stay_so():
     twin, _ = optimised(model, 0)
     x = torch.randn(2, 256, 4, 4).double()
     exact = outputs(model, x)
-    for duplicate in (copy.deepcopy, pickled, saved, lambda module: module.float(),
+    for duplicate in (*copies.WAYS, lambda module: module.float(),
                       lambda module: module.to(memory_format=torch.channels_last)):
         twin = duplicate(twin)
         assert stored_by_rows(twin[0].manager.cells(0))

@@ -1,12 +1,11 @@
 """KW layers under what training puts them through: copies, compilers, wrappers, checkpoints."""
-import copy
-import io
 import os
-import pickle
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
+import copies
 import pytest
 import torch
 from mmengine.model import ExponentialMovingAverage
@@ -59,17 +58,7 @@ def test_state_dict_round_trip(net, x):
     assert torch.equal(assigned(x), net(x))
 
 
-def pickled(module):
-    return pickle.loads(pickle.dumps(module))
-
-
-def saved(module):
-    buffer = io.BytesIO()
-    torch.save(module, buffer)
-    return torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
-
-
-@pytest.mark.parametrize('duplicate', [copy.deepcopy, pickled, saved])
+@pytest.mark.parametrize('duplicate', copies.WAYS)
 def test_copies_share_among_themselves_and_not_with_the_original(net, x, duplicate):
     set_temperature(net, 0.3)
     twin = duplicate(net)
@@ -157,7 +146,7 @@ DDP_SCRIPT = """
 import sys, torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-sys.path.insert(0, {folder!r})
+sys.path[:0] = {folders!r}
 from test_surroundings import Net
 
 dist.init_process_group('gloo')
@@ -184,7 +173,8 @@ dist.destroy_process_group()
 @pytest.mark.slow
 def test_two_process_ddp_gives_the_gradients_of_the_global_batch(tmp_path):
     script = tmp_path / 'train.py'
-    script.write_text(textwrap.dedent(DDP_SCRIPT.format(folder=os.path.dirname(__file__))))
+    script.write_text(textwrap.dedent(DDP_SCRIPT.format(
+        folders=[str(folder) for folder in Path(__file__).parents[:2]])))
     result = subprocess.run(
         [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2',
          '--rdzv-backend=c10d', '--rdzv-endpoint=localhost:0', str(script)],

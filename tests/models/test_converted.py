@@ -11,6 +11,7 @@ from mmengine.model import BaseModel, BaseModule
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 from mmseg.registry import MODELS as SEG_MODELS
+from optimised import perturb_norms_
 from torch import nn
 
 from kw_mm import KWConv2d, KWConverted, KWLinear, convert_to_kw_
@@ -38,21 +39,12 @@ def seed():
 @pytest.fixture
 def regnet(tmp_path):
     """A static RegNet with weights and statistics of its own, and its checkpoint."""
-    static = perturbed(DET_MODELS.build(REGNET))
+    static = perturb_norms_(DET_MODELS.build(REGNET))
+    static.eval()
     torch.save(dict(state_dict={f'backbone.{k}': v for k, v in static.state_dict().items()}),
                tmp_path / 'static.pth')
     return static, dict(type='Pretrained', checkpoint=str(tmp_path / 'static.pth'),
                         prefix='backbone.')
-
-
-def perturbed(module):
-    for norm in module.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.uniform_(norm.weight, 0.5, 1.5)
-            nn.init.normal_(norm.running_mean, 0, 0.2)
-            nn.init.uniform_(norm.running_var, 0.5, 1.5)
-    module.eval()
-    return module
 
 
 def close(outputs, expected, bound=1e-4):
