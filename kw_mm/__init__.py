@@ -47,6 +47,7 @@ if find_spec('mmengine') and find_spec('mmcv'):
 else:
     def __getattr__(name: str):
         if name in _OPENMMLAB_NAMES:
-            raise ImportError(f'kw_mm.{name} needs mmengine and mmcv, which are not installed; '
-                              "pip install 'kw_mm[det]' or 'kw_mm[seg]', see the README")
+            missing = 'mmengine' if find_spec('mmengine') is None else 'mmcv'
+            raise ImportError(f'kw_mm.{name} needs mmengine and mmcv, and {missing} is not '
+                              'installed; the README says how to install both', name=missing)
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

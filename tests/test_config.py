@@ -1,17 +1,21 @@
 import math
 
 import pytest
-from mmengine.config import ConfigDict
 
 from kw_mm import WarehouseConfig
 
 
-def test_from_cfg_takes_dict_config_dict_object_and_none():
+def test_from_cfg_takes_dict_object_and_none():
     expected = WarehouseConfig(cell_num_ratio=4)
     assert WarehouseConfig.from_cfg(dict(cell_num_ratio=4)) == expected
-    assert WarehouseConfig.from_cfg(ConfigDict(cell_num_ratio=4)) == expected
     assert WarehouseConfig.from_cfg(expected) is expected
     assert WarehouseConfig.from_cfg(None) == WarehouseConfig()
+
+
+def test_from_cfg_takes_a_dict_of_mmengine():
+    from mmengine.config import ConfigDict
+    cfg = ConfigDict(cell_num_ratio=4)
+    assert WarehouseConfig.from_cfg(cfg) == WarehouseConfig(cell_num_ratio=4)
 
 
 def test_defaults_fill_what_a_dict_leaves_out_and_nothing_else():

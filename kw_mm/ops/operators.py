@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from . import cpu, cuda, dispatch, products
 from .layout import block_shape, cut_kernel, memory_shape, positions_last, view_as_kernel
@@ -209,6 +208,9 @@ else:
         'mix_bases(Tensor weights, Tensor scales, Tensor bases, SymInt[] grid, '
         'SymInt[] kernel_shape, ScalarType dtype) -> Tensor',
         _MODULES, _fake_mix_bases, _setup_mix_bases, _mix_bases_backward)
+
+    # Not at the top: what registers nothing has no such function.
+    from torch.utils.flop_counter import register_flop_formula
 
     # FLOPs, as torch counts them: multiplications and additions.
 

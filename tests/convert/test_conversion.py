@@ -7,11 +7,11 @@ import re
 
 import pytest
 import torch
-from mmdet.registry import MODELS
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 
-from kw_mm import KWConv1d, KWConv2d, KWLinear, KWResNet, convert_to_kw_, set_temperature
+import kw_mm
+from kw_mm import KWConv1d, KWConv2d, KWLinear, convert_to_kw_, set_temperature
 from kw_mm.convert import plan_conversion, treat_as_plain
 from kw_mm.convert.forms import FORMS
 from kw_mm.layers import Attention, WarehouseManager
@@ -30,6 +30,7 @@ MODULES = {
 
 
 def build(name):
+    from mmdet.registry import MODELS
     torch.manual_seed(0)
     cfg, linear = MODULES[name]
     module = MODULES_CACHE.setdefault(name, MODELS.build(cfg))
@@ -142,6 +143,7 @@ def test_swin_shares_the_mlps_of_a_stage():
 
 
 def test_odd_channels_split_a_stage():
+    from mmdet.registry import MODELS
     # One warehouse for the pointwise layers of a Res2Net stage would have cells of 8x8.
     with torch.device('meta'):
         module = MODELS.build(dict(type='Res2Net', depth=50, scales=4, base_width=26))
@@ -478,7 +480,7 @@ def test_what_happened_is_logged(net, caplog):
     (lambda: KWConv2d(4, 4, 3), 'nothing matched: the module is itself a KWConv2d already'),
     (lambda: nn.ModuleList([nn.Conv2d(32, 32, 3)]), 'the owner of the ModuleList'),
     (lambda: nn.DataParallel(Net()), 'what the DataParallel wraps'),
-    (lambda: KWResNet(18, base_channels=4), "attribute 'warehouse_manager' .*KWResNet"),
+    (lambda: kw_mm.KWResNet(18, base_channels=4), "attribute 'warehouse_manager' .*KWResNet"),
     (lambda: nn.ReLU(), 'nothing matched: the module has no layer to convert$'),
     (lambda: nn.Sequential(KWConv2d(16, 16, 3)), 'nothing matched'),
 ])

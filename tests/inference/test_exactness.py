@@ -5,19 +5,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mmcv.cnn import ConvModule
-from mmengine.registry import MODELS
 from optimised import bases_everywhere, error, optimised, optimised_with, outputs, randomise
 from torch import nn
 
+import kw_mm
 from kw_mm import (
     KWConv1d,
     KWConv2d,
     KWConv3d,
-    KWConvNeXt,
     KWLinear,
-    KWMobileNetV2,
-    KWResNet,
     optimize_for_inference_,
     set_temperature,
 )
@@ -26,22 +22,22 @@ NONLOCAL = dict(cell_num_ratio=0.5, cell_inplane_ratio=0.5, cell_outplane_ratio=
                 nonlocal_basis_ratio=1 / 16)
 TINY_ARCH = dict(depths=(1, 1, 2, 1), channels=(8, 8, 16, 16))
 BACKBONES = {
-    'r18': lambda: KWResNet(18, base_channels=8),
-    'r18 4x': lambda: KWResNet(18, base_channels=8, kw_cfg=dict(cell_num_ratio=4)),
-    'r50': lambda: KWResNet(50, base_channels=4, kw_cfg=dict(cell_num_ratio=2)),
-    'r50 1/2x': lambda: KWResNet(50, base_channels=16, kw_cfg=NONLOCAL),
-    'r18d': lambda: KWResNet(18, base_channels=8, deep_stem=True, avg_down=True,
+    'r18': lambda: kw_mm.KWResNet(18, base_channels=8),
+    'r18 4x': lambda: kw_mm.KWResNet(18, base_channels=8, kw_cfg=dict(cell_num_ratio=4)),
+    'r50': lambda: kw_mm.KWResNet(50, base_channels=4, kw_cfg=dict(cell_num_ratio=2)),
+    'r50 1/2x': lambda: kw_mm.KWResNet(50, base_channels=16, kw_cfg=NONLOCAL),
+    'r18d': lambda: kw_mm.KWResNet(18, base_channels=8, deep_stem=True, avg_down=True,
                              strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4)),
-    'whole cells': lambda: KWResNet(18, base_channels=4, num_stages=1, out_indices=(0,),
+    'whole cells': lambda: kw_mm.KWResNet(18, base_channels=4, num_stages=1, out_indices=(0,),
                                     kw_cfg=dict(spatial_partition=False)),
-    'convnext': lambda: KWConvNeXt(TINY_ARCH),
-    'convnext 4x': lambda: KWConvNeXt(TINY_ARCH, kw_cfg=dict(cell_num_ratio=4)),
-    'mobilenet': lambda: KWMobileNetV2(0.1),
-    'mobilenet 4x': lambda: KWMobileNetV2(0.1, share_pointwise=False,
+    'convnext': lambda: kw_mm.KWConvNeXt(TINY_ARCH),
+    'convnext 4x': lambda: kw_mm.KWConvNeXt(TINY_ARCH, kw_cfg=dict(cell_num_ratio=4)),
+    'mobilenet': lambda: kw_mm.KWMobileNetV2(0.1),
+    'mobilenet 4x': lambda: kw_mm.KWMobileNetV2(0.1, share_pointwise=False,
                                           kw_cfg=dict(cell_num_ratio=4)),
-    'regnet': lambda: MODELS.build(dict(type='KWConverted', module=dict(
+    'regnet': lambda: kw_mm.KWConverted(dict(
         type='mmdet.RegNet', arch=dict(
-            w0=24, wa=36, wm=2.5, group_w=8, depth=8, bot_mul=1.0)))),
+            w0=24, wa=36, wm=2.5, group_w=8, depth=8, bot_mul=1.0))),
 }
 
 
@@ -165,6 +161,7 @@ def test_the_temperature_stays_in_effect(kw_cfg):
 @pytest.mark.parametrize('order', [('conv', 'norm', 'act'), ('conv', 'act', 'norm'),
                                    ('norm', 'conv', 'act'), ('act', 'conv', 'norm')])
 def test_inside_conv_module(kind, order):
+    from mmcv.cnn import ConvModule
     model = randomise(nn.Sequential(*(ConvModule(
         8, 8, 3, padding=1, order=order, norm_cfg=dict(type='BN', eps=0.1), act_cfg=dict(
             type='LeakyReLU'), conv_cfg=conv_cfg)
@@ -176,6 +173,7 @@ def test_inside_conv_module(kind, order):
 
 
 def test_conv_module_without_a_norm():
+    from mmcv.cnn import ConvModule
     # Its norm_name is None, at which getattr raised a TypeError.
     model = randomise(nn.Sequential(ConvModule(4, 4, 3, conv_cfg=dict(type='KWConv2d')))).double()
     twin, report = optimised(model)
@@ -218,7 +216,7 @@ def test_autocast(kind):
 
 @pytest.mark.parametrize('kind', ['bases', 'cells'])
 def test_storage_in_bfloat16(kind):
-    model = randomise(KWResNet(18, base_channels=32, num_stages=3, out_indices=(1, 2)))
+    model = randomise(kw_mm.KWResNet(18, base_channels=32, num_stages=3, out_indices=(1, 2)))
     full, half = (copy.deepcopy(model) for _ in range(2))
     budget = 0 if kind == 'cells' else None
     reports = [optimize_for_inference_(full, budget),
@@ -248,7 +246,7 @@ def test_storage_that_saves_nothing_is_refused():
 
 
 def test_layers_left_as_they_are_keep_their_cells():
-    model = randomise(KWResNet(18, base_channels=8, num_stages=1, out_indices=(0,)))
+    model = randomise(kw_mm.KWResNet(18, base_channels=8, num_stages=1, out_indices=(0,)))
     model.layer1[0].conv1.register_forward_hook(lambda *_: None)
     twin = copy.deepcopy(model)
     report = optimize_for_inference_(twin, 0, torch.bfloat16)

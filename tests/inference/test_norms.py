@@ -1,16 +1,15 @@
 """Batch norms are folded where it is certain what they follow, and nowhere else."""
 import copy
+import importlib
 
 import pytest
 import torch
-from mmcv.cnn import ConvModule
-from mmdet.registry import MODELS as DET_MODELS
-from mmengine.model import Sequential as MMSequential
 from optimised import error, optimised, outputs, randomise
 from torch import nn
 from torch.nn.utils import spectral_norm
 
-from kw_mm import KWConv2d, KWConverted
+import kw_mm
+from kw_mm import KWConv2d
 
 
 def check(model, num_folded):
@@ -30,8 +29,9 @@ def kw(channels=4, **kwargs):
     return KWConv2d(4, channels, 3, padding=1, **kwargs)
 
 
-@pytest.mark.parametrize('sequential', [nn.Sequential, MMSequential])
-def test_neighbours_in_a_sequence(sequential):
+@pytest.mark.parametrize('package', ['torch.nn', 'mmengine.model'])
+def test_neighbours_in_a_sequence(package):
+    sequential = importlib.import_module(package).Sequential
     twin, report = check(sequential(
         kw(8), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.SyncBatchNorm(4),
         nn.BatchNorm2d(4)), 2)
@@ -122,22 +122,25 @@ def test_a_sequence_with_a_forward_of_its_own():
     check(Residual(kw(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), 0)
 
 
-class PreNorm(ConvModule):
-    def forward(self, x):
-        return self.conv(self.norm(x))
-
-
 def test_a_conv_module_with_a_forward_of_its_own():
+    from mmcv.cnn import ConvModule
+
+    class PreNorm(ConvModule):
+        def forward(self, x):
+            return self.conv(self.norm(x))
+
     check(PreNorm(4, 4, 3, norm_cfg=dict(type='BN'), conv_cfg=dict(type='KWConv2d')), 0)
 
 
 def test_a_convolution_whose_weight_is_made_by_a_hook():
+    from mmcv.cnn import ConvModule
     # Spectral norm computes the weight anew in every call: what was folded into it got lost.
     check(nn.Sequential(ConvModule(4, 4, 3, norm_cfg=dict(type='BN'), with_spectral_norm=True),
                         spectral_norm(nn.Conv2d(4, 4, 1)), nn.BatchNorm2d(4), kw()), 0)
 
 
 def test_a_conv_module_that_folds_by_itself():
+    from mmcv.cnn import ConvModule
     # It takes the weights of its norm in every call, of which an identity has none.
     check(nn.Sequential(ConvModule(4, 4, 3, norm_cfg=dict(type='BN'), efficient_conv_bn_eval=True),
                         kw()), 0)
@@ -158,8 +161,9 @@ def test_hooks_are_called_as_before(hooked):
 
 
 def test_a_converted_module():
-    model = KWConverted(dict(type='mmdet.FPN', in_channels=[16, 32], out_channels=16, num_outs=2,
-                             norm_cfg=dict(type='BN'), act_cfg=None))
+    model = kw_mm.KWConverted(dict(
+        type='mmdet.FPN', in_channels=[16, 32], out_channels=16, num_outs=2,
+        norm_cfg=dict(type='BN'), act_cfg=None))
     model = randomise(model).double()
     twin, report = optimised(model)
     assert report.num_folded == 4
@@ -170,8 +174,9 @@ def test_a_converted_module():
 
 
 def test_a_static_neck_is_folded_too():
-    neck = DET_MODELS.build(dict(type='FPN', in_channels=[4], out_channels=8, num_outs=1,
-                                 norm_cfg=dict(type='BN'), act_cfg=None))
+    from mmdet.registry import MODELS
+    neck = MODELS.build(dict(type='FPN', in_channels=[4], out_channels=8, num_outs=1,
+                             norm_cfg=dict(type='BN'), act_cfg=None))
     model = randomise(nn.ModuleDict(dict(backbone=nn.Sequential(kw()), neck=neck))).double()
     twin, report = optimised(model)
     assert report.num_folded == 2

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mmcv.cnn import ConvModule
 from torch import nn
 from torch.nn.utils import prune
 
@@ -98,6 +97,7 @@ def test_linear_is_the_convolution_over_tokens():
 
 
 def test_conv_module_builds_it_and_keeps_its_own_initial_values():
+    from mmcv.cnn import ConvModule
     # ConvModule would Kaiming-initialise a convolution that has no init_weights.
     module = ConvModule(8, 8, 3, padding=1, norm_cfg=dict(type='BN'),
                         conv_cfg=dict(type='KWConv2d', kw_cfg=dict(cell_num_ratio=4)))

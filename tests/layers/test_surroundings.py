@@ -8,7 +8,6 @@ from pathlib import Path
 import copies
 import pytest
 import torch
-from mmengine.model import ExponentialMovingAverage
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -103,6 +102,7 @@ def test_a_layer_compiles_without_graph_breaks(x, kw_cfg):
 
 
 def test_ema_averages_cells_once(net, x):
+    from mmengine.model import ExponentialMovingAverage
     ema = ExponentialMovingAverage(net, momentum=0.5)
     ema.update_parameters(net)
     with torch.no_grad():

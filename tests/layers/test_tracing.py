@@ -7,18 +7,15 @@ import copy
 
 import pytest
 import torch
-from mmengine.model.efficient_conv_bn_eval import turn_on_efficient_conv_bn_eval
 from optimised import optimised, outputs, randomise
 from torch import nn
 
+import kw_mm
 from kw_mm import (
     KWConv1d,
     KWConv2d,
     KWConv3d,
-    KWConvNeXt,
     KWLinear,
-    KWMobileNetV2,
-    KWResNet,
     convert_to_kw_,
 )
 from kw_mm.layers.conv import convolve
@@ -33,10 +30,10 @@ def converted():
 
 
 NETS = {
-    'resnet': lambda: KWResNet(18, base_channels=8, norm_eval=False),
-    'convnext': lambda: KWConvNeXt(dict(depths=(1, 1, 1, 1), channels=(8, 8, 16, 16)),
+    'resnet': lambda: kw_mm.KWResNet(18, base_channels=8, norm_eval=False),
+    'convnext': lambda: kw_mm.KWConvNeXt(dict(depths=(1, 1, 1, 1), channels=(8, 8, 16, 16)),
                                    output_stride=16),
-    'mobilenet': lambda: KWMobileNetV2(0.25),
+    'mobilenet': lambda: kw_mm.KWMobileNetV2(0.25),
     'converted': converted,
     'private': lambda: nn.Sequential(KWConv2d(3, 8, 3, padding='same', padding_mode='reflect'),
                                      nn.BatchNorm2d(8), KWConv2d(8, 4, 1)),
@@ -90,6 +87,7 @@ def test_fx_of_a_layer_by_itself_is_told(layer):
 
 
 def test_mmengine_folds_norms_of_static_layers_alone():
+    from mmengine.model.efficient_conv_bn_eval import turn_on_efficient_conv_bn_eval
     net = randomise(nn.Sequential(NETS['resnet']()))
     x = torch.randn(2, 3, 64, 64)
     expected = outputs(net, x)
