@@ -76,19 +76,26 @@ def ranged(*packages: str) -> list[str]:
     return [package + VERSIONS['SUPPORTED'][package] for package in packages]
 
 
-DET = [
-    *ranged('mmengine', 'mmcv', 'mmdet'),
-    'setuptools' + VERSIONS['SETUPTOOLS'],
-]
-SEG = [
-    *ranged('mmengine', 'mmcv', 'mmsegmentation'),
-    'setuptools' + VERSIONS['SETUPTOOLS'],
-    # Imported by mmsegmentation 1.2, which does not declare them.
-    'ftfy',
-    'regex',
-]
 TEST = ['pytest>=7', 'pytest-cov', 'pytest-xdist', 'hypothesis', 'ruff',
         'triton; platform_system == "Linux"']
+
+# pip knows nothing of one package serving for another: an extra that asked for mmcv would install
+# upstream's over the fork's files. So who wants either says which.
+EXTRAS = {
+    'openmmlab': [
+        *ranged(*VERSIONS['FORKS']),
+        'setuptools' + VERSIONS['SETUPTOOLS'],
+        # Imported by mmsegmentation 1.2, which does not declare them.
+        'ftfy',
+        'regex',
+    ],
+    'onedl': ranged(*VERSIONS['FORKS'].values()),
+    'test': TEST,
+    # Kept from when they asked for upstream's packages.
+    'det': [],
+    'seg': [],
+    'all': TEST,
+}
 
 setup(
     name='kw_mm',
@@ -111,10 +118,5 @@ setup(
     ext_modules=cpu_products(),
     python_requires=VERSIONS['REQUIRES_PYTHON'],
     install_requires=[*ranged('torch'), 'numpy', 'packaging'],
-    extras_require={
-        'det': DET,
-        'seg': SEG,
-        'test': TEST,
-        'all': sorted({*DET, *SEG, *TEST}),
-    },
+    extras_require=EXTRAS,
 )

@@ -5,23 +5,37 @@ library only.
 """
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 __version__ = '0.1.0'
 
-REQUIRES_PYTHON = '>=3.9'
+REQUIRES_PYTHON = '>=3.10'
 
-# By the name pip knows. What mmdet 3.3 and mmsegmentation 1.2 assert about mmcv is the same.
+# By the name pip knows. What mmdet 3.3 and mmsegmentation 1.2 assert about mmcv is the same. What
+# was run is in docs/versions.md.
 SUPPORTED = {
     'torch': '>=2.1',
     'mmengine': '>=0.10.0,<0.11',
     'mmcv': '>=2.0.0rc4,<2.2.0',
     'mmdet': '>=3.0,<3.4',
     'mmsegmentation': '>=1.0,<1.3',
+    'onedl-mmengine': '>=0.10.8,<0.11',
+    'onedl-mmcv': '>=2.3,<2.4',
+    'onedl-mmdetection': '>=3.4,<3.6',
+    'onedl-mmsegmentation': '>=1.3,<1.5',
+}
+
+# The maintained fork of OpenMMLab installs the same modules under names of its own.
+FORKS = {
+    'mmengine': 'onedl-mmengine',
+    'mmcv': 'onedl-mmcv',
+    'mmdet': 'onedl-mmdetection',
+    'mmsegmentation': 'onedl-mmsegmentation',
 }
 
 # mmengine resolves `mmdet::...` configs with pkg_resources, which setuptools 82 removed. Not in
-# SUPPORTED because the core of kw_mm, without mmengine, does not mind.
+# SUPPORTED because neither the core of kw_mm, without mmengine, nor the fork minds.
 SETUPTOOLS = '<82'
 
 
@@ -31,6 +45,24 @@ def installed_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def distribution(package: str, versions: Mapping[str, str | None]) -> str:
+    """Returns under which name a package of OpenMMLab is installed, or should be.
+
+    Args:
+        package: Upstream's name.
+        versions: Installed version of each distribution, or None.
+
+    Returns:
+        The fork's name if the fork is installed, or if the package is absent and others are the
+        fork's; else upstream's.
+    """
+    fork = FORKS.get(package)
+    if fork is None or versions.get(package) is not None:
+        return package
+    has_fork = any(versions.get(name) is not None for name in FORKS.values())
+    return fork if has_fork else package
 
 
 def is_supported(package: str, found: str) -> bool:
@@ -52,7 +84,7 @@ def is_supported(package: str, found: str) -> bool:
 def install_command(package: str, pip: str = 'pip') -> str:
     """Returns what to type to get a supported version of a package."""
     # A build in isolation sees no torch and silently leaves mmcv without its operators.
-    option = '--no-build-isolation ' if package == 'mmcv' else ''
+    option = '--no-build-isolation ' if package in ('mmcv', 'onedl-mmcv') else ''
     return f'{pip} install {option}"{package}{SUPPORTED[package]}"'
 
 

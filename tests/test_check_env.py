@@ -39,6 +39,12 @@ def load(name: str) -> ModuleType:
 check_env = load('check_env')
 
 
+# The same, from the maintained fork.
+FORK = {**{name: None for name in ('mmengine', 'mmcv', 'mmdet', 'mmsegmentation')},
+        'onedl-mmengine': '0.10.12', 'onedl-mmcv': '2.3.6', 'onedl-mmdetection': '3.5.1',
+        'onedl-mmsegmentation': '1.4.2'}
+
+
 class Run:
     """Stands in for the fresh interpreter: code that contains a key fails with its value."""
 
@@ -67,6 +73,34 @@ def test_good_environment_has_no_findings() -> None:
     assert any('nms' in code for code in run.codes)
     assert run.codes[-2] == 'import kw_mm'
     assert 'instruction_set' in run.codes[-1]
+
+
+def test_the_fork_is_as_good() -> None:
+    run = Run()
+    # It needs no pkg_resources, and declares what it imports.
+    without = {**FORK, 'setuptools': '84.2.1', 'ftfy': None, 'regex': None}
+    assert check(without, pkg_resources=False, run=run) == []
+    assert any('nms' in code for code in run.codes)
+    assert {'import mmengine.runner', 'import mmdet.apis'} <= set(run.codes)
+    table = check_env.table({**GOOD, **FORK}, None)
+    assert 'onedl-mmcv' in table and '\nmmcv' not in table
+
+
+def test_what_the_fork_lacks_comes_from_the_fork() -> None:
+    finding = the_only(check({**FORK, 'onedl-mmcv': None}))
+    assert finding.what == 'onedl-mmcv is not installed'
+    assert '--no-build-isolation "onedl-mmcv>=2.3,<2.4"' in finding.fix
+    finding = the_only(check({**FORK, 'onedl-mmcv': '2.4.0'}))
+    assert finding.what.startswith('onedl-mmcv 2.4.0 is installed')
+    finding = the_only(check(FORK, run=Run(nms='undefined symbol: _ZN2at')))
+    assert '--no-binary onedl-mmcv' in finding.fix
+
+
+def test_upstream_over_the_fork() -> None:
+    finding = the_only(check({'onedl-mmcv': '2.3.6'}))
+    assert finding.error
+    assert finding.what == 'both mmcv 2.1.0 and onedl-mmcv 2.3.6 are installed'
+    assert 'uninstall mmcv onedl-mmcv' in finding.fix
 
 
 def test_finding_says_what_why_and_how() -> None:

@@ -97,20 +97,36 @@ def read_pins(path: Path) -> dict[str, str]:
 def check_present(versions: Versions, strict: bool) -> list[Finding]:
     """Looks for packages that are not installed."""
     found = []
+    names = load_supported()
     for package in ('torch', 'numpy', 'packaging', *OPENMMLAB):
-        if versions.get(package) is not None:
+        name = names['distribution'](package, versions)
+        if versions.get(name) is not None:
             continue
         found.append(Finding(
-            f'{package} is not installed',
+            f'{name} is not installed',
             {
                 'mmdet': 'detection configs need MMDetection',
                 'mmsegmentation': 'segmentation configs need MMSegmentation',
             }.get(package, 'kw_mm and the OpenMMLab packages need it'),
             f'{PIP} install {package}' if package not in OPENMMLAB
-            else load_supported()['install_command'](package, PIP),
+            else names['install_command'](name, PIP),
             error=strict or package not in ('mmdet', 'mmsegmentation'),
         ))
     return found
+
+
+def check_doubles(versions: Versions) -> list[Finding]:
+    """Looks for packages that are installed twice, from upstream and from the fork."""
+    return [
+        Finding(
+            f'both {package} {versions[package]} and {fork} {versions[fork]} are installed',
+            'they install files of the same names, so each has overwritten some of the other',
+            f'{PIP} uninstall {package} {fork}, then install one of them: '
+            f'{load_supported()["install_command"](fork, PIP)}',
+        )
+        for package, fork in load_supported()['FORKS'].items()
+        if versions.get(package) is not None and versions.get(fork) is not None
+    ]
 
 
 def check_ranges(versions: Versions) -> list[Finding]:
@@ -185,7 +201,7 @@ def check_tokenizer(versions: Versions) -> list[Finding]:
     )]
 
 
-def check_operators(run: Run) -> list[Finding]:
+def check_operators(run: Run, mmcv: str = 'mmcv') -> list[Finding]:
     """Runs a compiled operator of mmcv on the CPU and, where torch sees one, on the GPU."""
     failure = run(NMS_ON_CPU)
     if failure is not None:
@@ -193,8 +209,8 @@ def check_operators(run: Run) -> list[Finding]:
             f'the compiled operators of mmcv do not work: {failure}',
             'detectors need them (nms, RoIAlign); a wheel built in isolation has none, and pip '
             'caches wheels without regard to the torch they were compiled for',
-            f'{PIP} install --no-build-isolation --no-cache-dir --no-binary mmcv --force-reinstall '
-            f'--no-deps "mmcv{load_supported()["SUPPORTED"]["mmcv"]}"',
+            f'{PIP} install --no-build-isolation --no-cache-dir --no-binary {mmcv} --force-reinstall '
+            f'--no-deps "{mmcv}{load_supported()["SUPPORTED"][mmcv]}"',
         )]
     failure = run(NMS_ON_GPU)
     if failure is not None:
@@ -219,6 +235,7 @@ def check_imports(versions: Versions, run: Run) -> list[Finding]:
     }
     found = []
     for package, names in modules.items():
+        package = load_supported()['distribution'](package, versions)
         if versions.get(package) is None:
             continue
         failure = run(f'import {names}')
@@ -258,7 +275,12 @@ def check_all(versions: Versions, pins: Mapping[str, str] | None, has_pkg_resour
         run: Runs code in a fresh interpreter, see :func:`run_python`.
     """
     found = check_present(versions, strict=pins is not None)
-    found += check_setuptools(versions.get('setuptools'), has_pkg_resources)
+    found += check_doubles(versions)
+    mmengine, mmcv = (load_supported()['distribution'](package, versions)
+                      for package in ('mmengine', 'mmcv'))
+    # The fork needs no pkg_resources.
+    if mmengine == 'mmengine':
+        found += check_setuptools(versions.get('setuptools'), has_pkg_resources)
     found += check_tokenizer(versions)
     if versions.get('packaging') is not None:
         found += check_ranges(versions)
@@ -268,8 +290,8 @@ def check_all(versions: Versions, pins: Mapping[str, str] | None, has_pkg_resour
     if versions.get('torch') is None:
         return found
     found += check_torchvision(versions.get('torchvision'), run)
-    if versions.get('mmcv') is not None:
-        found += check_operators(run)
+    if versions.get(mmcv) is not None:
+        found += check_operators(run, mmcv)
     # What is already known to be wrong would only be told again as an import that fails.
     if not any(finding.error for finding in found):
         found += check_imports(versions, run)
@@ -283,7 +305,11 @@ def table(versions: Versions, pins: Mapping[str, str] | None) -> str:
     names = load_supported()
     supported = {**names['SUPPORTED'], 'setuptools': names['SETUPTOOLS']}
     rows = [('package', 'installed', 'supported', 'tested')]
-    for package in (*supported, 'numpy', 'opencv-python', 'torchvision', 'kw_mm'):
+    # Of two that provide the same, the one that is there.
+    shown = dict.fromkeys(
+        names['distribution'](package, versions) for package in supported
+        if package not in names['FORKS'].values())
+    for package in (*shown, 'numpy', 'opencv-python', 'torchvision', 'kw_mm'):
         rows.append((package, versions.get(package) or '-', supported.get(package, 'any'),
                      (pins or {}).get(package, '-')))
     if pins is None:

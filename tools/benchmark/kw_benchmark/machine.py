@@ -67,7 +67,8 @@ def describe() -> dict[str, Any]:
         python=platform.python_version(),
         kw_mm=__version__,
         numpy=version('numpy'),
-        **{package: installed_version(package) for package in SUPPORTED})
+        **{package: number for package in SUPPORTED
+           if (number := installed_version(package)) is not None})
     if torch.cuda.is_available():
         found.update(gpu=torch.cuda.get_device_name(), cuda=torch.version.cuda,
                      cudnn=torch.backends.cudnn.version(),
