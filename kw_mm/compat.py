@@ -53,6 +53,7 @@ def apply() -> None:
     allow_mmengine_checkpoints()
     let_mmengine_refuse_checkpoints()
     crash_safety.apply()
+    keep_the_fork_from_unsafe_loading()
     patch_pytorch_launcher()
     let_initialisers_take_kw_layers()
     let_mmcv_ops_take_bfloat16()
@@ -100,6 +101,25 @@ def _history_getattr(obj: Any, name: str) -> Callable:
         return _STATISTICS[name]
     raise ValueError(f'a checkpoint must not ask for getattr({obj!r}, {name!r}): only '
                      f'{list(_STATISTICS)} of HistoryBuffer are allowed')
+
+
+# The maintained fork's loader allows getattr itself, and what torch refuses even so it loads with
+# weights_only=False: any file runs its code.
+
+def keep_the_fork_from_unsafe_loading() -> None:
+    """Makes the loader of onedl-mmengine that of upstream: ``torch.load``, no second try.
+
+    What mmengine's checkpoints need is allowed by ``allow_mmengine_checkpoints``. Upstream has no
+    loader of its own, and there is nothing to do.
+    """
+    if hasattr(mmengine_checkpoint, '_safe_torch_load'):
+        mmengine_checkpoint._safe_torch_load = _load_once
+
+
+def _load_once(file: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
+    # torch takes no None before 2.6, where it means the default.
+    chosen = {} if weights_only is None else dict(weights_only=weights_only)
+    return torch.load(file, map_location=map_location, **chosen)
 
 
 # mmengine loads what fits and logs the rest, in a Runner as in inferencers: a model for which the

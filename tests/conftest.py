@@ -24,7 +24,7 @@ def missing_package(error):
     """
     name = (getattr(error, 'name', None) or '').partition('.')[0]
     files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)
-             if not frame.filename.startswith('<')]
+             if 'importlib' not in frame.filename]
     asked = Path(__file__).parent in files[-1].parents or files[-1] == Path(kw_mm.__file__)
     return name if name in MISSING and asked else None
 

@@ -1,6 +1,7 @@
 """How the build of mmcv tells its progress, its failures and a wheel that does not fit."""
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
@@ -127,19 +128,20 @@ class Pip:
         self.calls: list[bool] = []
         self.versions = versions
         monkeypatch.setattr(sys, 'prefix', str(prefix))
-        monkeypatch.setattr(build_mmcv, 'version', self.version)
+        monkeypatch.setattr(importlib.metadata, 'version', self.version)
         monkeypatch.setattr(build_mmcv, 'install', self.install)
         monkeypatch.setattr(build_mmcv, 'run_python',
                             lambda code: None if self.works else 'undefined symbol')
         self.main = build_mmcv.main
-        self.absent = build_mmcv.PackageNotFoundError
 
     def version(self, package: str) -> str:
         if package not in self.versions:
-            raise self.absent(package)
+            raise importlib.metadata.PackageNotFoundError(package)
         return self.versions[package]
 
-    def install(self, requirement: str, constraint: Path | None, log: Path, again: bool) -> bool:
+    def install(self, name: str, versions: str, constraint: Path | None, log: Path,
+                again: bool) -> bool:
+        self.installed = name + versions
         self.calls.append(again)
         compiled = again or not self.cached
         self.works = self.works or compiled
@@ -175,6 +177,16 @@ def test_new_torch_means_compiling_again(build_mmcv, monkeypatch, tmp_path) -> N
     pip = Pip(build_mmcv, monkeypatch, tmp_path, versions, works=True, cached=True)
     assert pip.main([]) == 0
     assert pip.calls == [True]
+
+
+@pytest.mark.parametrize('found, args, wanted', [
+    ({}, [], 'mmcv>=2.0.0rc4,<2.2.0'), ({}, ['--fork'], 'onedl-mmcv>=2.3,<2.4'),
+    ({'onedl-mmengine': '0.10.12'}, [], 'onedl-mmcv>=2.3,<2.4')])
+def test_which_mmcv_is_installed(build_mmcv, monkeypatch, tmp_path, found, args, wanted) -> None:
+    pip = Pip(build_mmcv, monkeypatch, tmp_path, {'torch': '2.12.0', **found}, works=False,
+              cached=False)
+    assert pip.main(args) == 0
+    assert pip.installed == wanted
 
 
 def test_torch_must_be_there(build_mmcv, monkeypatch, tmp_path) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints under ``weights_only``, distributed runs on CPUs, bfloat16 in mmcv."""
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from mmengine.config import Config
 from mmengine.dist import utils as dist_utils
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel
-from mmengine.runner import Runner
+from mmengine.runner import Runner, checkpoint
 from torch import nn
 
 import kw_mm  # noqa: F401  (applies the patches)
@@ -80,6 +81,45 @@ def test_getattr_of_anything_else_is_refused(tmp_path, obj, name):
     torch.save(Getattr(obj, name), tmp_path / 'file.pth')
     with pytest.raises(Exception, match='must not ask|Unsupported global'):
         torch.load(tmp_path / 'file.pth', weights_only=True)
+
+
+def fork_loader(file, map_location=None, weights_only=None):
+    """What onedl-mmengine 0.10.12 loads checkpoints with."""
+    try:
+        with torch.serialization.safe_globals([getattr, HistoryBuffer]):
+            return torch.load(file, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError:
+        return torch.load(file, map_location=map_location, weights_only=False)
+
+
+class Call:
+    """What no list allows: a plain call of ``eval``."""
+
+    def __init__(self, code):
+        self.code = code
+
+    def __reduce__(self):
+        return eval, (self.code,)
+
+
+@needs_allow_list
+def test_the_loader_of_the_fork_runs_no_code(tmp_path, monkeypatch):
+    path, marker = tmp_path / 'evil.pth', tmp_path / 'executed'
+    torch.save(dict(state_dict=Call(f'open({str(marker)!r}, "w").close()')), path)
+    monkeypatch.setattr(checkpoint, '_safe_torch_load', fork_loader, raising=False)
+    monkeypatch.setattr(checkpoint, 'load_from_local', lambda filename, map_location:
+                        checkpoint._safe_torch_load(filename, map_location=map_location))
+    checkpoint.load_from_local(str(path), 'cpu')
+    assert marker.exists()
+    marker.unlink()
+
+    compat.keep_the_fork_from_unsafe_loading()
+    with pytest.raises(pickle.UnpicklingError, match='builtins.eval'):
+        checkpoint.load_from_local(str(path), 'cpu')
+    assert not marker.exists()
+    # Who asks for it still loads a file that is trusted.
+    torch.save(dict(a=1), path)
+    assert checkpoint._safe_torch_load(str(path), weights_only=False) == dict(a=1)
 
 
 class Net(BaseModel):

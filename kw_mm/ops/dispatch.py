@@ -32,7 +32,10 @@ IS_POSSIBLE = not _missing
 # Torch 2.1 and 2.2 have this function in the compiler alone.
 is_compiling = getattr(torch.compiler, 'is_compiling', None) or torch._dynamo.is_compiling
 
-_library = torch.library.Library('kw_mm', 'DEF') if IS_POSSIBLE else None
+_library = torch.library.Library('kw_mm', 'DEF')
+
+# Said of operators since 2.2: nothing in them stops a compiler.
+_tags = dict(tags=[torch.Tag.pt2_compliant_tag]) if IS_POSSIBLE else {}
 
 
 def register_composite(schema: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -43,12 +46,10 @@ def register_composite(schema: str, function: Callable[..., Tensor]) -> Callable
         function: What it computes.
 
     Returns:
-        A function that calls the operator, or ``function`` where nothing is registered.
+        A function that calls the operator. This much every version of torch can do.
     """
-    if not IS_POSSIBLE:
-        return function
     name = schema[:schema.index('(')]
-    _library.define(schema, tags=[torch.Tag.pt2_compliant_tag])
+    _library.define(schema, **_tags)
     _library.impl(name, function, 'CompositeImplicitAutograd')
     return getattr(torch.ops.kw_mm, name).default
 
@@ -69,7 +70,7 @@ def register(schema: str, implementations: dict[str, ModuleType], fake: Callable
         A function that calls the operator.
     """
     name = schema[:schema.index('(')]
-    _library.define(schema, tags=[torch.Tag.pt2_compliant_tag])
+    _library.define(schema, **_tags)
     for key, module in implementations.items():
         _library.impl(name, getattr(module, name), key)
     torch.library.register_fake(f'kw_mm::{name}', fake, lib=_library)

@@ -136,6 +136,7 @@ def test_a_graph_keeps_its_kernels(kind):
     assert error((first.grad,), expected) < 1e-10
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 4), reason='is_contiguous breaks graphs of this torch')
 @pytest.mark.parametrize('batch', [1, 3])
 def test_compiled_without_graph_breaks(kind, batch):
     model = randomise(nn.Sequential(KWConv2d(3, 4, 3), nn.BatchNorm2d(4))).double()

@@ -9,6 +9,19 @@ from kw_mm import ConvSpec, KWConv1d, KWConv2d, KWLinear, plan_warehouses
 from kw_mm.layers import Attention
 
 
+def autocasts_to_float16():
+    try:
+        with torch.autocast('cpu', dtype=torch.float16):
+            return True
+    except RuntimeError:
+        return False
+
+
+needs_float16 = pytest.mark.skipif(not autocasts_to_float16(),
+                                   reason='on CPUs this torch autocasts to bfloat16 alone')
+FLOAT16 = pytest.param(torch.float16, marks=needs_float16)
+
+
 def grads(module, x, weights, dtype=None):
     """Gradients of a linear form, in float64, of the parameters and the input."""
     module.zero_grad()
@@ -29,7 +42,7 @@ def check(module, x, weights, dtype, tolerance):
             assert (grad - wanted).norm() < tolerance * wanted.norm(), name
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('dtype', [FLOAT16, torch.bfloat16])
 @pytest.mark.parametrize('norm', ['BN1d', 'LN'])
 @pytest.mark.parametrize('kw_cfg', [dict(), dict(nonlocal_basis_ratio=0.5)])
 def test_gradients_of_the_attention(norm, dtype, kw_cfg):
@@ -46,6 +59,7 @@ def test_gradients_of_the_attention(norm, dtype, kw_cfg):
     check(attention, x, weights, dtype, 4 * torch.finfo(dtype).eps)
 
 
+@needs_float16
 @pytest.mark.parametrize('norm', ['BN1d', 'LN'])
 @pytest.mark.parametrize('batch', [1, 2])
 def test_gradients_of_mixing_weights_beyond_float16(norm, batch):
@@ -80,7 +94,7 @@ def test_mixing_weights_keep_the_precision_of_the_parameters(norm):
 @pytest.mark.parametrize('layer, shape', [
     (KWConv2d(4, 6, 3, padding=1), (2, 4, 5, 5)), (KWConv2d(4, 6, 1), (2, 4, 5, 5)),
     (KWConv1d(4, 6, 3), (2, 4, 6)), (KWLinear(4, 6), (2, 5, 4))])
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('dtype', [FLOAT16, torch.bfloat16])
 def test_autocast_leaves_float64_alone(layer, shape, dtype):
     # It does so for static layers; here half met double.
     layer = copy.deepcopy(layer).double()

@@ -1,6 +1,7 @@
 """Installs mmcv with its compiled operators, telling how far the compiler is.
 
     python tools/install/build_mmcv.py --constraint requirements.txt
+    python tools/install/build_mmcv.py --fork    # onedl-mmcv, the maintained fork
 
 mmcv has no wheels for current versions of torch, so pip compiles its C++ files against the torch
 that is installed; torch, setuptools, wheel, ninja and psutil must be there before. pip caches
@@ -21,7 +22,6 @@ import sys
 import tempfile
 import threading
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 # Beside this file, which is where Python looks for modules of a script.
@@ -217,11 +217,12 @@ def build_environment(folder: Path) -> tuple[dict[str, str], float]:
     return dict(env, CXX=str(wrapper)), CORE_SECONDS_PRECOMPILED
 
 
-def install(requirement: str, constraint: Path | None, log: Path, again: bool) -> bool:
+def install(name: str, versions: str, constraint: Path | None, log: Path, again: bool) -> bool:
     """Runs pip.
 
     Args:
-        requirement: What to install, e.g. ``'mmcv==2.1.0'``.
+        name: What to install, ``'mmcv'`` or its fork.
+        versions: Which, e.g. ``'==2.1.0'``.
         constraint: Constraints file for pip.
         log: Where all that pip and the compiler write goes.
         again: Compile even if mmcv is installed or a wheel is cached.
@@ -232,12 +233,13 @@ def install(requirement: str, constraint: Path | None, log: Path, again: bool) -
     Raises:
         SystemExit: If pip fails; the end of the log has been printed.
     """
+    requirement = name + versions
     command = [sys.executable, '-m', 'pip', 'install', '-v', '--disable-pip-version-check',
                '--no-build-isolation', requirement]
     if constraint is not None:
         command += ['-c', str(constraint)]
     if again:
-        command += ['--no-cache-dir', '--no-binary', 'mmcv', '--force-reinstall', '--no-deps']
+        command += ['--no-cache-dir', '--no-binary', name, '--force-reinstall', '--no-deps']
     with tempfile.TemporaryDirectory(prefix='mmcv-') as folder:
         env, core_seconds = build_environment(Path(folder))
         jobs = max(1, int(env['MAX_JOBS']))
@@ -263,38 +265,39 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description='Install mmcv with its compiled operators.')
     parser.add_argument('-c', '--constraint', type=Path, metavar='FILE',
                         help='requirements file with the versions to install')
+    parser.add_argument('--fork', action='store_true',
+                        help='install onedl-mmcv, as is done where packages of the fork are')
     parser.add_argument('--again', action='store_true', help='compile even if mmcv is there')
     args = parser.parse_args(argv)
 
-    pin = read_pins(args.constraint).get('mmcv') if args.constraint else None
-    requirement = f'mmcv=={pin}' if pin else f'mmcv{load_supported()["SUPPORTED"]["mmcv"]}'
+    names = load_supported()
+    found = {name: names['installed_version'](name) for name in names['SUPPORTED']}
+    mmcv = names['FORKS']['mmcv'] if args.fork else names['distribution']('mmcv', found)
+    pin = read_pins(args.constraint).get(mmcv) if args.constraint else None
+    versions = f'=={pin}' if pin else names['SUPPORTED'][mmcv]
     prefix = Path(sys.prefix)
     log = prefix / 'mmcv-build.log'
     # Which torch the operators were compiled for: neither the wheel nor pip knows it.
     mark = prefix / 'mmcv-built-for.txt'
-    try:
-        torch = version('torch')
-    except PackageNotFoundError:
+    torch = found['torch']
+    if torch is None:
         sys.exit('error: torch is not installed, and mmcv is compiled against it\n'
                  f'  what to do: {sys.executable} -m pip install torch')
 
     again = args.again or (mark.exists() and mark.read_text(encoding='utf-8') != torch)
-    try:
-        there = version('mmcv')
-    except PackageNotFoundError:
-        there = None
+    there = found[mmcv]
     if there is not None and not again and (pin is None or there == pin):
         if run_python(NMS_ON_CPU) is None:
-            print(f'mmcv {there} is installed and its operators work.')
+            print(f'{mmcv} {there} is installed and its operators work.')
             mark.write_text(torch, encoding='utf-8')
             return 0
         again = True
 
-    compiled = install(requirement, args.constraint, log, again)
+    compiled = install(mmcv, versions, args.constraint, log, again)
     failure = run_python(NMS_ON_CPU)
     if failure is not None and not compiled:
         print(f'The wheel does not fit torch {torch} ({failure}): compiling one that does.')
-        install(requirement, args.constraint, log, again=True)
+        install(mmcv, versions, args.constraint, log, again=True)
         failure = run_python(NMS_ON_CPU)
     if failure is not None:
         sys.exit(f'error: mmcv is installed, but its operators do not work: {failure}\n'

@@ -209,8 +209,8 @@ def check_operators(run: Run, mmcv: str = 'mmcv') -> list[Finding]:
             f'the compiled operators of mmcv do not work: {failure}',
             'detectors need them (nms, RoIAlign); a wheel built in isolation has none, and pip '
             'caches wheels without regard to the torch they were compiled for',
-            f'{PIP} install --no-build-isolation --no-cache-dir --no-binary {mmcv} --force-reinstall '
-            f'--no-deps "{mmcv}{load_supported()["SUPPORTED"][mmcv]}"',
+            f'{PIP} install --no-build-isolation --no-cache-dir --no-binary {mmcv} '
+            f'--force-reinstall --no-deps "{mmcv}{load_supported()["SUPPORTED"][mmcv]}"',
         )]
     failure = run(NMS_ON_GPU)
     if failure is not None:
