@@ -14,7 +14,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 # the one of the other folder. Steps that are satisfied take seconds.
 STEPS := $(VENV)/steps/$(shell { pwd; cat requirements.txt; } | cksum | tr ' ' '-')
 
-# The exact pins need it (numpy 2.4); kw_mm itself runs on 3.9. Tested: 3.11.
+# The exact pins need it (numpy 2.4); kw_mm itself runs on 3.10. Tested: 3.11.
 OLDEST_PYTHON := 3, 11
 
 # These make python or pip look, or install, outside .venv.
@@ -23,7 +23,7 @@ unexport PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-seg test quick env check lint clean distclean
+.PHONY: help demo demo-seg test quick test-matrix env check lint clean distclean
 
 help:  ## say what can be made
 	@echo 'Type one of these; what needs the environment makes it first.'
@@ -49,6 +49,9 @@ test: env  ## ruff, then all tests with coverage
 quick: env  ## ruff, then the quick tests: what to run before a commit
 	@$(PY) -m ruff check .
 	@$(RUN_TESTS) -m 'not slow' $(PYTEST_ARGS)
+
+test-matrix:  ## core tests on every torch and Python that is claimed (needs nox; gigabytes)
+	@$(PYTHON) -m nox --non-interactive $(NOX_ARGS)
 
 env: $(STEPS)/checked  ## make .venv, or finish it
 

@@ -103,11 +103,22 @@ setup(
     description='KernelWarehouse dynamic convolution for MMDetection and MMSegmentation',
     long_description=readme(),
     long_description_content_type='text/markdown',
+    author='kw_mm contributors',
+    url='https://arxiv.org/abs/2406.07879',
     license='Apache-2.0',
+    classifiers=[
+        'Development Status :: 4 - Beta',
+        'Intended Audience :: Science/Research',
+        'Operating System :: OS Independent',
+        *(f'Programming Language :: Python :: 3.{minor}' for minor in range(10, 14)),
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    ],
+    keywords='dynamic convolution, KernelWarehouse, MMDetection, MMSegmentation, PyTorch',
     license_files=['LICENSE'],
     packages=find_packages(include=['kw_mm', 'kw_mm.*']),
     package_data={
         'kw_mm': [
+            'py.typed',
             'ops/cpu.cpp',
             '.mim/model-index.yml',
             *(f'.mim/{folder}/**/*.{ending}'

@@ -107,6 +107,11 @@ def test_no_extra_asks_for_upstream_where_the_fork_may_be() -> None:
     assert mm & {*extras['onedl']} == set(versions.FORKS.values())
 
 
+def test_the_citation_has_the_version() -> None:
+    citation = (ROOT / 'CITATION.cff').read_text(encoding='utf-8')
+    assert f'\nversion: {versions.__version__}\n' in citation
+
+
 def test_absent_package_has_no_version() -> None:
     assert versions.installed_version('no-such-package-anywhere') is None
     assert versions.installed_version('torch') is not None
