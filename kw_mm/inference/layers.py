@@ -18,7 +18,7 @@ from ..ops import (
     mix_bases,
     mixing_weights,
 )
-from ..ops.autocast import product_dtype
+from ..ops.autocast import product_dtype, widest_dtype
 
 KWConv = Union[KWConv1d, KWConv2d, KWConv3d]
 
@@ -32,7 +32,8 @@ class Affine(NamedTuple):
 
 def fold_norm(norm: nn.Module) -> Affine:
     """What a batch norm does to its input in evaluation."""
-    factory = dict(device=norm.running_var.device, dtype=torch.float64)
+    device = norm.running_var.device
+    factory = dict(device=device, dtype=widest_dtype(device))
     weight = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight
     bias = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias
     scale = weight.to(**factory) / (norm.running_var.to(**factory) + norm.eps).sqrt()

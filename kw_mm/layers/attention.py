@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import mean_positions, mixing_weights, order_logits
-from ..ops.autocast import autocast_dtype
+from ..ops.autocast import autocast_dtype, widest_dtype
 from ..plan import LayerPlan
 
 # A norm that is not trained takes its statistics from so many batches. With one or two images each,
@@ -60,13 +60,13 @@ class AttentionBatchNorm(nn.BatchNorm1d):
     @torch.no_grad()
     def _follow(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Adds a batch to the statistics. Returns copies, because graphs hold on to them."""
-        x = x.double()
+        x = x.to(widest_dtype(x.device))
         sums = torch.cat((x.new_tensor([len(x)]), x.sum(0), x.square().sum(0)))
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums)
         if sums[0]:
             seen = int(self.num_batches_tracked)
-            mean, var = self.running_mean.double(), self.running_var.double()
+            mean, var = (s.to(x.dtype) for s in (self.running_mean, self.running_var))
             # Moments are averaged, because a single sample has moments but no variance. The first
             # batch replaces mean 0 and variance 1.
             moments = torch.stack((mean, var + mean.square()))
@@ -230,7 +230,7 @@ def _on_device(tau: Tensor | None, device: torch.device) -> Tensor:
     """The temperature on a device, 0 if there is none or it is on the meta device."""
     if tau is None or tau.is_meta:
         tau = torch.zeros((), dtype=torch.float64, device='cpu')
-    return tau.to(device, torch.float32 if device.type == 'mps' else torch.float64)
+    return tau.to(device, widest_dtype(device))
 
 
 def is_plain(layer: nn.Module) -> bool:

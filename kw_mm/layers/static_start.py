@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import cut_kernel, mixing_weights
+from ..ops.autocast import widest_dtype
 from ..ops.reference import EPS
 from ..plan import LayerPlan, Warehouse
 from ..table import format_table
@@ -167,7 +168,7 @@ def _start_warehouse(index: int, warehouse: Warehouse,
                   num_cells=warehouse.num_cells, num_mixtures=warehouse.num_mixtures, exact=exact)
     if cells.is_meta:
         return WarehouseStart(**report, error=math.nan, optimum=0.0 if exact else math.nan)
-    pieces = [cut_static(weight.to(cells.device, torch.float64), layer.plan)
+    pieces = [cut_static(weight.to(cells.device, widest_dtype(cells.device)), layer.plan)
               for layer, weight, _ in members]
     if exact:
         optimum = 0.0
@@ -236,15 +237,16 @@ def _set_logits_(layer: nn.Module, logits: Tensor) -> None:
 
 
 def _alpha(layer: nn.Module) -> Tensor:
-    """The mixing weights ``(m, n)`` at temperature 0 with fc2's weights at zero, in float64."""
+    """The mixing weights ``(m, n)`` at temperature 0 with fc2's weights at zero, in the widest dtype."""
     attention = layer.attention
     bias = attention.fc2.bias if attention.basis_bias is None else attention.basis_bias
     logits = bias.view(1, attention.num_mixtures, -1)
-    return mixing_weights(logits, attention.beta, torch.zeros_like(attention.tau))[0].double()
+    alpha = mixing_weights(logits, attention.beta, torch.zeros_like(attention.tau))[0]
+    return alpha.to(widest_dtype(alpha.device))
 
 
 def _error(members: Sequence[LayerWeights], pieces: Sequence[Tensor]) -> float:
-    cells = members[0][0].cells.double().flatten(1)
+    cells = members[0][0].cells.to(pieces[0].dtype).flatten(1)
     wrong = sum((_alpha(layer) @ cells - rows).square().sum()
                 for (layer, _, _), rows in zip(members, pieces))
     total = sum(rows.square().sum() for rows in pieces)

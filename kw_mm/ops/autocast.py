@@ -1,4 +1,4 @@
-"""Autocast's state, whose functions got their present form in torch 2.4."""
+"""Which dtypes to compute in. The functions of autocast got their present form in torch 2.4."""
 from __future__ import annotations
 
 import torch
@@ -24,3 +24,8 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
     if tensor.dtype == torch.float64:
         return tensor.dtype
     return autocast_dtype(tensor.device.type) or tensor.dtype
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """The most precise dtype of a device: float64, but float32 on Apple's GPUs."""
+    return torch.float32 if device.type == 'mps' else torch.float64
