@@ -237,7 +237,7 @@ def _set_logits_(layer: nn.Module, logits: Tensor) -> None:
 
 
 def _alpha(layer: nn.Module) -> Tensor:
-    """The mixing weights ``(m, n)`` at temperature 0 with fc2's weights at zero, in the widest dtype."""
+    """The mixing weights ``(m, n)`` at temperature 0 with fc2's weights at zero, precisely."""
     attention = layer.attention
     bias = attention.fc2.bias if attention.basis_bias is None else attention.basis_bias
     logits = bias.view(1, attention.num_mixtures, -1)
