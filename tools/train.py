@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             launch.set_resume_(cfg, args.resume or start or 'auto')
         elif start:
             launch.check_checkpoint(start)
+        launch.check_data_sets(args, cfg, ('train_dataloader', 'val_dataloader'))
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     runner = launch.build_runner(cfg)

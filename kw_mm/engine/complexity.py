@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..config_types import type_name
 from ..layers import Attention, KWConv1d, KWConv2d, KWConv3d, WarehouseManager
 from ..ops import operators
 
@@ -238,7 +239,7 @@ def input_size(cfg: Config) -> tuple[int, int]:
         return tuple(crop)
     dataset = cfg.test_dataloader.dataset
     for transform in dataset.get('pipeline', ()):
-        if transform.type == 'Resize' and 'scale' in transform:
+        if type_name(transform) == 'Resize' and 'scale' in transform:
             long, short = sorted(transform.scale, reverse=True)
             return tuple(math.ceil(side / SIZE_DIVISOR) * SIZE_DIVISOR for side in (short, long))
     raise ValueError('the test pipeline of the config must have a Resize with a scale, or the '

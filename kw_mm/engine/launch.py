@@ -8,6 +8,7 @@ import argparse
 import copy
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,20 @@ from mmengine.visualization import Visualizer
 
 from ..checkpoint import check_checkpoint
 from ..compat import has_accelerator, prepare_cpu_ddp_
+from ..config_types import type_name
 from ..crash_safety import choose_checkpoint_
+from ..datasets import check_data
 from ..files import NotWrittenError
 from ..layers.loading import CheckpointMismatch, strict_loading
 
 __all__ = ['CheckpointMismatch', 'NotWrittenError', 'add_common_options', 'build_runner',
-           'check_checkpoint', 'choose_checkpoint_', 'config_path', 'enable_amp_',
-           'enable_auto_scale_lr_', 'enable_drawing_', 'enable_tta_', 'load_config',
-           'prepare_resume_', 'set_output_', 'set_resume_', 'strict_loading']
+           'check_checkpoint', 'check_data_sets', 'choose_checkpoint_', 'config_path',
+           'enable_amp_', 'enable_auto_scale_lr_', 'enable_drawing_', 'enable_tta_',
+           'load_config', 'prepare_resume_', 'set_output_', 'set_resume_', 'strict_loading']
+
+# A check of data at the start of a run takes seconds: so many images of each data set are read,
+# and no annotation file beyond this size.
+_SAMPLE, _MAX_JSON = 64, 100 * 2**20
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +45,8 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
                         'train_dataloader.batch_size=4; lists as "[1,2]" or 1,2')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
                         help='how the processes of a distributed run were started')
+    parser.add_argument('--skip-data-check', action='store_true',
+                        help='start without checking the data sets')
     # Old launchers pass it; torch.distributed.run sets the environment variable.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0,
                         help=argparse.SUPPRESS)
@@ -65,6 +74,33 @@ def load_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
+def check_data_sets(args: argparse.Namespace, cfg: Config, loaders: Sequence[str]) -> None:
+    """Checks the data sets of a run by sample, and prints what was found.
+
+    One process of a distributed run does it for all.
+
+    Raises:
+        ValueError: If they would end the run; one sentence for each kind of fault.
+    """
+    if args.skip_data_check or _rank() > 0:
+        return
+    found = check_data(cfg, loaders, _SAMPLE, _MAX_JSON)
+    for line in found.lines():
+        print(f'data: {line}', flush=True)
+    if found.errors:
+        raise ValueError('\n'.join([
+            'the data sets cannot be used as they are (--skip-data-check starts all the same):',
+            *found.errors]))
+
+
+def _rank() -> int:
+    """Of this process, before anything distributed is initialised."""
+    for name in ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK'):
+        if os.environ.get(name, '').isdecimal():
+            return int(os.environ[name])
+    return 0
+
+
 def build_runner(cfg: Config) -> Any:
     """The runner that the config asks for, with a visualizer of its own.
 
@@ -86,9 +122,7 @@ def enable_amp_(cfg: Config) -> None:
     """
     if not has_accelerator():
         raise ValueError('--amp needs a GPU or another accelerator, and mmengine found none')
-    wrapper = cfg.optim_wrapper.get('type', 'OptimWrapper')
-    # Pure python configs name the class itself.
-    wrapper = getattr(wrapper, '__name__', wrapper)
+    wrapper = type_name(cfg.optim_wrapper) or 'OptimWrapper'
     if wrapper == 'AmpOptimWrapper':
         return
     if wrapper != 'OptimWrapper':

@@ -10,6 +10,7 @@ import pytest
 import torch
 from mmengine.hooks import EMAHook
 
+from kw_mm.datasets import Findings
 from kw_mm.engine import launch
 
 TOOLS = Path(__file__).parents[2] / 'tools'
@@ -78,6 +79,8 @@ def run(monkeypatch):
                 calls.append(self.cfg)
 
         monkeypatch.setattr(launch, 'build_runner', Runner)
+        # The configs name no files; tests/datasets/test_checking.py has data.
+        monkeypatch.setattr(launch, 'check_data', lambda *args: Findings())
         module.main([str(arg) for arg in argv])
         return calls[0]
     return run
