@@ -23,6 +23,7 @@ from ..convert.state_dict import (
 from ..layers import StartReport
 from .backbones.base import KWBackbone, mark_initialised_
 from .checkpoint_names import locate_checkpoint
+from .class_layers import find_class_layers
 
 
 class StaticPretrained:
@@ -167,13 +168,17 @@ def adapt_keys(backbone: KWBackbone, state_dict: Mapping[str, Tensor]) -> dict[s
 def static_checkpoint_to_kw(config: Config, src: str) -> tuple[dict[str, Any], StartReport | None]:
     """Turns the checkpoint of a static detector or segmentor into one of its KW counterpart.
 
+    Where the checkpoint has another number of classes, the static layers that count them are left
+    out, with one line in the log: a training that starts from the result, with ``load_from``,
+    learns them from the beginning.
+
     Args:
         config: Of the KW model.
         src: The static checkpoint; see ``read_static``.
 
     Returns:
         The checkpoint, with which the model starts from the static weights: ``state_dict``, which
-        loads strictly, and ``meta``; and how well each warehouse does.
+        loads strictly if nothing was left out, and ``meta``; and how well each warehouse does.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -185,11 +190,23 @@ def static_checkpoint_to_kw(config: Config, src: str) -> tuple[dict[str, Any], S
     if not find_kw_layers(model):
         raise ValueError('the config must be that of a KW model, but no layer of its model is')
     checkpoint = read_checkpoint(locate_checkpoint(src))
-    report = load_static_(model, static_tensors(checkpoint, src, prefix=''))
+    state = static_tensors(checkpoint, src, prefix='')
+    own = model.state_dict()
+    others = [key for key in find_class_layers(static_shapes(model), state, config.model)
+              if key in own]
+    report = load_static_(model, {**state, **{key: own[key] for key in others}})
     meta = checkpoint.get('meta') or {}
     # What inferencers read: the names of the classes.
     kept = {key: meta[key] for key in ('dataset_meta', 'CLASSES', 'PALETTE') if key in meta}
-    return dict(meta=kept, state_dict=model.state_dict()), report
+    state = model.state_dict()
+    if others:
+        kept = {}
+        layers = dict.fromkeys(key.rpartition('.')[0] for key in others)
+        print_log('The checkpoint has another number of classes: left out, and to be trained from '
+                  f'the start, are {", ".join(layers)}', logger='current', level=logging.WARNING)
+        for key in others:
+            del state[key]
+    return dict(meta=kept, state_dict=state), report
 
 
 def build_model(cfg: Mapping[str, Any], scope: str | None = None) -> nn.Module:

@@ -10,6 +10,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
+from kw_mm.models.class_layers import find_class_layers
+
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location(
     'static2kw', ROOT / 'tools/model_converters/static2kw.py')
@@ -137,3 +139,42 @@ def test_other_errors(files, capsys, tmp_path):
     assert '--force replaces it' in error(config, src, dst)
     static2kw.main([str(config), str(src), str(dst), '--force'])
     assert torch.load(dst)['state_dict']
+
+
+def with_classes(path, num):
+    other = path.with_name(f'{path.stem}_{num}.py')
+    other.write_text(path.read_text().replace('num_classes=3', f'num_classes={num}'))
+    return other
+
+
+def test_another_number_of_classes(files, capsys):
+    static, config, src, dst = files
+    config = with_classes(config, 7)
+    static2kw.main([str(config), str(src), str(dst)])
+    out = capsys.readouterr()
+    assert 'left out, and to be trained from the start, are bbox_head.retina_cls' in (
+        out.out + out.err)
+    checkpoint = torch.load(dst, weights_only=True)
+    assert checkpoint['meta'] == {}  # its names of classes would be wrong ones
+    model = build(config)
+    result = model.load_state_dict(checkpoint['state_dict'], strict=False)
+    assert result.missing_keys == ['bbox_head.retina_cls.weight', 'bbox_head.retina_cls.bias']
+    assert not result.unexpected_keys
+    for actual, expected in zip(outputs(model)[:5], outputs(static)[:5], strict=True):
+        assert (actual - expected).norm() < 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize('own, given, found', [
+    # Softmax over classes and background, and a box for each class.
+    (dict(cls=(5, 8), reg=(16, 8)), dict(cls=(81, 8), reg=(320, 8)), ['cls', 'reg']),
+    (dict(cls=(12, 8, 1, 1)), dict(cls=(240, 8, 1, 1)), ['cls']),
+    # No number of classes makes both so.
+    (dict(cls=(5, 8), reg=(16, 8)), dict(cls=(81, 8), reg=(324, 8)), []),
+    # Other differences: a width, and a part of the backbone.
+    (dict(cls=(5, 8)), dict(cls=(81, 16)), []),
+    ({'cls': (5, 8), 'backbone.fc': (4, 8)}, {'cls': (81, 8), 'backbone.fc': (80, 8)}, []),
+    (dict(cls=(7, 8)), dict(cls=(81, 8)), []),
+    (dict(cls=(5, 8)), dict(cls=(5, 8)), [])])
+def test_what_counts_classes(own, given, found):
+    state = {key: torch.zeros(shape) for key, shape in given.items()}
+    assert find_class_layers(own, state, dict(heads=[dict(num_classes=4)])) == found

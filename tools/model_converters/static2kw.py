@@ -4,6 +4,8 @@
 
 CONFIG is that of the KW model, SRC a checkpoint of the same model without KW. DST loads strictly;
 set it as load_from to train on, or test it: with a budget of at least 1 it predicts what SRC does.
+If SRC has another number of classes, as a detector trained on COCO, the layers that count classes
+are left out and named, and DST is for load_from alone.
 """
 from __future__ import annotations
 
