@@ -35,8 +35,7 @@ demo: env  ## train a small detector with KernelWarehouse
 	@$(PY) tools/demo.py $(DEMO_ARGS)
 
 demo-seg: env  ## train a small segmentor with KernelWarehouse
-	@$(PY) tools/demo.py --config configs/demo/fpn_kw1x-r18_shapes.py \
-	  --work-dir work_dirs/demo-seg $(DEMO_ARGS)
+	@$(PY) tools/demo.py --config configs/demo/fpn_kw1x-r18_shapes.py $(DEMO_ARGS)
 
 # Most tests are small: a process of one thread per core is faster than one of many threads. Each
 # process begins with its part of the files, because what tests of a file share is made once then.

@@ -2,7 +2,8 @@
 
 That is a Mask R-CNN, or with ``--config configs/demo/fpn_kw1x-r18_shapes.py`` a Semantic FPN. What
 an earlier call finished is used again: the data set, the trained model, or the last epoch of a
-training that was interrupted.
+training that was interrupted. A data set of another size, and what is trained on it, have folders
+of their own.
 """
 from __future__ import annotations
 
@@ -17,18 +18,18 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.runner import Runner
-from mmengine.structures import PixelData
 
 from kw_mm.datasets import write_shapes
 from kw_mm.engine.local_training import find_trained, train_locally, use_shapes
+from kw_mm.engine.pictures import enlarge, enlarge_, zoom_of
 from kw_mm.files import read_json, write_json
 from kw_mm.resuming import find_whole_checkpoint
 from kw_mm.table import format_table
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs' / 'demo' / 'mask-rcnn_kw1x-r18_fpn_shapes.py'
+NUM_IMAGES = (1200, 200)  # for training and for validation
 NUM_PICTURES = 12
-ZOOM = 4  # labels are unreadable at the size of the images
 TIME_FILE = 'training_seconds.json'
 
 
@@ -56,18 +57,28 @@ TASKS = dict(
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--config', default=str(CONFIG), help='config to train')
-    parser.add_argument('--data', default='data/shapes', help='folder of the data set')
-    parser.add_argument('--num-train', type=int, default=1200, help='training images')
-    parser.add_argument('--num-val', type=int, default=200, help='validation images')
-    parser.add_argument('--work-dir', default='work_dirs/demo', help='where to write the rest')
+    parser.add_argument('--data', help='folder of the data set; default: data/shapes, for another '
+                        'number of images data/shapes-TRAIN-VAL')
+    parser.add_argument('--num-train', type=int, default=NUM_IMAGES[0], help='training images')
+    parser.add_argument('--num-val', type=int, default=NUM_IMAGES[1], help='validation images')
+    parser.add_argument('--work-dir', help='where to write the rest; default: work_dirs/demo or '
+                        'work_dirs/demo-seg, for another number of images with -TRAIN-VAL')
+    parser.add_argument('--overwrite', action='store_true',
+                        help='replace a shapes data set of other parameters in the folder')
     parser.add_argument('--epochs', type=int, help="epochs to train, instead of the config's")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    set_folders_(args)
     print('== 1/4 data set', flush=True)
-    files = write_shapes(args.data, args.num_train, args.num_val, progress=True)
+    try:
+        files = write_shapes(args.data, args.num_train, args.num_val, progress=True,
+                             overwrite=args.overwrite)
+    except ValueError as error:
+        parser.error(str(error))
     print(f'{args.num_train} + {args.num_val} images in {files.root}'
           f'{"" if files.written else " (were there)"}')
 
@@ -89,6 +100,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     pictures = draw(runner, Path(args.work_dir) / 'pictures')
     print(closing_table(runner, metrics))
     print(f'\nGround truth (left) and predictions (right): {pictures}')
+
+
+def set_folders_(args: argparse.Namespace) -> None:
+    """Fills in the folders that were not given: others for another number of images."""
+    sizes = (args.num_train, args.num_val)
+    suffix = '' if sizes == NUM_IMAGES else '-{}-{}'.format(*sizes)
+    name = 'demo' if Config.fromfile(args.config).default_scope == 'mmdet' else 'demo-seg'
+    args.data = args.data or f'data/shapes{suffix}'
+    args.work_dir = args.work_dir or f'work_dirs/{name}{suffix}'
 
 
 def options(args: argparse.Namespace) -> dict[str, Any]:
@@ -118,28 +138,12 @@ def draw(runner: Runner, folder: Path) -> Path:
         with torch.no_grad():
             sample = runner.model.test_step(pseudo_collate([dataset[index]]))[0].cpu()
         image = cv2.cvtColor(cv2.imread(sample.img_path), cv2.COLOR_BGR2RGB)
-        height, width = (side * ZOOM for side in image.shape[:2])
-        enlarge_(sample)
+        enlarge_(sample, zoom_of(image))
         runner.visualizer.add_datasample(
-            'shapes', cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC), sample,
+            'shapes', enlarge(image, zoom_of(image)), sample,
             out_file=str(folder / f'{Path(sample.img_path).stem}.png'),
             **TASKS[runner.cfg.default_scope].draw_options)
     return folder
-
-
-def enlarge_(sample: Any) -> None:
-    """Enlarges ground truth and predictions as their image is."""
-    if 'gt_sem_seg' in sample:
-        for name in ('gt_sem_seg', 'pred_sem_seg'):
-            labels = getattr(sample, name).data
-            labels = labels.repeat_interleave(ZOOM, 1).repeat_interleave(ZOOM, 2)
-            setattr(sample, name, PixelData(data=labels))
-        return
-    truth, found = sample.gt_instances, sample.pred_instances
-    truth.bboxes = truth.bboxes * ZOOM
-    truth.masks = truth.masks.resize(tuple(side * ZOOM for side in truth.masks.masks.shape[1:]))
-    found.bboxes = found.bboxes * ZOOM
-    found.masks = found.masks.repeat_interleave(ZOOM, 1).repeat_interleave(ZOOM, 2)
 
 
 def closing_table(runner: Runner, metrics: dict[str, float]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import kw_mm  # noqa: F401  (registers everything, for configs without custom_imports too)
 from kw_mm.engine import launch
+from kw_mm.engine.hooks import OptimizeForTestHook
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -21,6 +22,8 @@ def make_parser() -> argparse.ArgumentParser:
                         help='how long --show keeps a picture (default: %(default)s)')
     parser.add_argument('--tta', action='store_true',
                         help='augment images in testing and merge the predictions')
+    parser.add_argument('--optimize', action='store_true',
+                        help='make the model faster first, with kw_mm.optimize_for_inference_')
     launch.add_common_options(parser)
     return parser
 
@@ -39,9 +42,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             launch.set_output_(cfg, args.out)
         if args.tta:
             launch.enable_tta_(cfg)
+        launch.check_data_sets(args, cfg, ('test_dataloader', ))
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     runner = launch.build_runner(cfg)
+    if args.optimize:
+        runner.register_hook(OptimizeForTestHook())
     try:
         with launch.strict_loading():
             runner.test()

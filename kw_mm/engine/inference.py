@@ -2,15 +2,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
+import mmcv
+import numpy as np
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
+from ..inference import optimize_for_inference_
 from ..layers.loading import strict_loading
+from .pictures import enlarge, enlarge_, zoom_of
+from .prediction_files import CocoPredictions, write_label_map
 
 IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
 
@@ -38,19 +45,36 @@ def scope_of(cfg: Mapping[str, Any]) -> AbstractContextManager:
     return DefaultScope.overwrite_default_scope(scope)
 
 
+@dataclass(frozen=True)
+class Written:
+    """What became of a number of images.
+
+    Attributes:
+        pictures: Paths of the pictures.
+        predictions: The COCO file of a detector, the folder of label maps of a segmentor.
+        unreadable: Paths of files that are no images that can be read.
+    """
+
+    pictures: list[Path]
+    predictions: Path
+    unreadable: list[str]
+
+
 class Predictor:
-    """Draws what a trained model finds in images, with the inferencer of its toolbox.
+    """Finds what a trained model sees in images, with the inferencer of its toolbox.
 
     Args:
         cfg: Of a detector or segmentor.
         checkpoint: Path or URL of its weights.
         device: Where to run, for instance ``'cpu'`` or ``'cuda:1'``; None for mmengine's choice.
+        optimize: Whether to make the model faster first, see ``optimize_for_inference_``.
 
     Raises:
         ValueError: If the config is of another toolbox, or the checkpoint of another model.
     """
 
-    def __init__(self, cfg: Config, checkpoint: str, device: str | None = None) -> None:
+    def __init__(self, cfg: Config, checkpoint: str, device: str | None = None,
+                 optimize: bool = False) -> None:
         self.cfg = cfg
         with scope_of(cfg):
             if cfg.default_scope == 'mmdet':
@@ -60,37 +84,89 @@ class Predictor:
             with strict_loading():
                 self.inferencer = Inferencer(cfg, checkpoint, device=device,
                                              scope=cfg.default_scope)
+        self.inferencer.show_progress = False  # its own would be a bar for each image
+        if optimize:
+            optimize_for_inference_(self.inferencer.model)
 
     @property
     def classes(self) -> tuple[str, ...]:
         """The names of the classes, as the checkpoint has them."""
         return tuple(self.inferencer.model.dataset_meta['classes'])
 
-    def __call__(self, images: Sequence[str], out_dir: str, score_thr: float = 0.3) -> list[Path]:
-        """Writes a picture for each image, of the same name, to ``out_dir/vis``.
+    def __call__(self, images: Sequence[str], out_dir: str, score_thr: float = 0.3,
+                 zoom: int | None = None,
+                 progress: Callable[[Sequence[str]], Iterable[str]] = iter) -> Written:
+        """Writes pictures, and predictions for other programs.
 
-        Segmentors also write their label maps, to ``out_dir/pred``.
+        A picture has the name of its image, and is in ``out_dir/vis``. The predictions of a
+        detector are in ``out_dir/predictions.json``, all of them, in COCO's format (see
+        ``CocoPredictions``). Those of a segmentor are label maps in ``out_dir/pred``, named after
+        the images, with the ending ``.png``. What is no image is passed over.
 
         Args:
             images: Paths of images, no two of one name.
             out_dir: Folder, made if missing.
             score_thr: Objects below this score are not drawn; for detectors alone.
-
-        Returns:
-            The pictures.
+            zoom: How many times as large as the images pictures are; None for as many as make
+                labels readable.
+            progress: Goes through the images, for instance mmengine's ``track_iter_progress``.
 
         Raises:
             ValueError: If two images have the same name.
         """
-        names = [Path(image).name for image in images]
-        double = sorted(name for name, num in Counter(names).items() if num > 1)
-        if double:
-            raise ValueError(f'images must have names of their own, as their pictures will; got '
-                             f'more than one {double[0]!r}')
-        options = dict(pred_score_thr=score_thr) if self.cfg.default_scope == 'mmdet' else {}
+        is_detector = self.cfg.default_scope == 'mmdet'
+        _check_names(images, is_detector)
+        pictures, unreadable = [], []
+        coco = CocoPredictions(self.classes)
+        predictions = Path(out_dir, 'predictions.json' if is_detector else 'pred')
         with scope_of(self.cfg):
-            self.inferencer(list(images), out_dir=out_dir, **options)
-        return [Path(out_dir, 'vis', name) for name in names]
+            for path in progress(images):
+                image = _read(path)
+                if image is None:
+                    unreadable.append(path)
+                    continue
+                sample = self._predict(path)
+                if is_detector:
+                    coco.add(Path(path).name, sample)
+                else:
+                    labels = sample.pred_sem_seg.data[0].cpu().numpy()
+                    write_label_map(predictions / f'{Path(path).stem}.png', labels)
+                pictures.append(Path(out_dir, 'vis', Path(path).name))
+                self._draw(image, sample, pictures[-1], score_thr, zoom or zoom_of(image))
+        if is_detector:
+            coco.write(predictions)
+        return Written(pictures, predictions, unreadable)
+
+    def _predict(self, path: str) -> Any:
+        found = self.inferencer([path], return_datasamples=True)
+        # MMDetection's inferencer returns them with something else, in a list.
+        return found['predictions'][0] if isinstance(found, dict) else found
+
+    def _draw(self, image: np.ndarray, sample: Any, picture: Path, score_thr: float,
+              zoom: int) -> None:
+        options = dict(pred_score_thr=score_thr) if self.cfg.default_scope == 'mmdet' else {}
+        sample = sample.cpu()
+        enlarge_(sample, zoom)
+        self.inferencer.visualizer.add_datasample(
+            picture.name, enlarge(image, zoom), sample, draw_gt=False, out_file=str(picture),
+            **options)
+
+
+def _check_names(images: Sequence[str], is_detector: bool) -> None:
+    """Refuses images whose pictures, or label maps, would have one name."""
+    names = [Path(image).name if is_detector else Path(image).stem for image in images]
+    double = sorted(name for name, num in Counter(names).items() if num > 1)
+    if double:
+        raise ValueError('images must have names of their own, as what is written of them will; '
+                         f'got more than one {double[0]!r}')
+
+
+def _read(path: str) -> np.ndarray | None:
+    """An image in RGB, None if it is none."""
+    try:
+        return mmcv.imread(path, channel_order='rgb')
+    except (AttributeError, OSError, ValueError, cv2.error):
+        return None
 
 
 def find_images(paths: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from mmseg.apis import inference_model, init_model
+from pycocotools.coco import COCO
 
 from kw_mm.datasets import SHAPE_CLASSES, write_shapes
 from kw_mm.engine.inference import Predictor, find_images, scope_of
@@ -79,8 +80,10 @@ def test_inferencers_take_turns(data, predictors, tmp_path):
     images = find_images([str(data.images('val'))])
     for kind in ('det', 'seg', 'seg', 'det', 'seg'):
         out_dir = tmp_path / kind
-        pictures = predictors[kind](images, str(out_dir), score_thr=0)
+        written = predictors[kind](images, str(out_dir), score_thr=0, zoom=1)
+        pictures = written.pictures
         assert [p.name for p in pictures] == ['000000.jpg', '000001.jpg']
+        assert not written.unreadable and written.predictions.exists()
         assert predictors[kind].classes == CLASSES[kind]
         for image, picture in zip(images, pictures):
             drawn = cv2.imread(str(picture))
@@ -124,7 +127,8 @@ def test_the_tool_writes_pictures(data, trained, tmp_path, capsys, infer, kind, 
     image = data.images('val') / '000001.jpg'
     infer([str(CONFIGS[kind]), str(trained[index]), str(image), '--out-dir', str(tmp_path),
            *options(kind)])
-    assert capsys.readouterr().out.splitlines()[-1] == f'1 pictures in {tmp_path / "vis"}'
+    assert capsys.readouterr().out.splitlines()[-1].startswith(
+        f'1 pictures in {tmp_path / "vis"}, predictions in {tmp_path / "pred"}')
     assert [path.name for path in (tmp_path / 'vis').iterdir()] == ['000001.jpg']
 
 
@@ -132,7 +136,7 @@ def test_the_tool_writes_pictures(data, trained, tmp_path, capsys, infer, kind, 
     ('no.pth', 'a.jpg', "checkpoint 'no.pth' does not exist"),
     (None, 'no.jpg', "image 'no.jpg' does not exist"),
     (None, 'empty', "folder 'empty' must have images in it"),
-    (None, ['a.jpg', 'full'], "names of their own.*more than one 'a.jpg'")])
+    (None, ['a.jpg', 'full'], "names of their own.*more than one 'a'")])
 def test_the_tool_reports_mistakes(trained, tmp_path, monkeypatch, capsys, infer, checkpoint,
                                    image, message):
     monkeypatch.chdir(tmp_path)
@@ -150,3 +154,75 @@ def test_the_tool_reports_mistakes(trained, tmp_path, monkeypatch, capsys, infer
 def test_a_scope_of_another_toolbox():
     with pytest.raises(ValueError, match="default_scope must be 'mmdet' or 'mmseg', got 'mmpose'"):
         scope_of(dict(default_scope='mmpose'))
+
+
+def test_small_pictures_are_enlarged(data, predictors, tmp_path):
+    for kind in ('det', 'seg'):
+        written = predictors[kind]([str(data.images('val') / '000001.jpg')], str(tmp_path))
+        assert cv2.imread(str(written.pictures[0])).shape == (512, 512, 3)
+
+
+def test_detections_are_written_as_coco(data, predictors, tmp_path):
+    images = find_images([str(data.images('val'))])
+    written = predictors['det'](images, str(tmp_path))
+    coco = COCO(str(written.predictions))
+    assert [image['file_name'] for image in coco.imgs.values()] == ['000000.jpg', '000001.jpg']
+    assert [category['name'] for category in coco.cats.values()] == list(SHAPE_CLASSES)
+    for image, path in zip(coco.imgs.values(), images, strict=True):
+        with scope_of(config('det', data)):
+            found = inference_detector(predictors['det'].inferencer.model, path).pred_instances
+        annotations = coco.imgToAnns[image['id']]
+        # Whatever the score: one of 0.3 is for drawing alone.
+        assert len(annotations) == len(found) > 0
+        for annotation, box, score, label, mask in zip(
+                annotations, found.bboxes, found.scores, found.labels, found.masks, strict=True):
+            x, y, width, height = annotation['bbox']
+            assert torch.allclose(box, torch.tensor([x, y, x + width, y + height]), atol=1e-3)
+            assert annotation['score'] == pytest.approx(float(score))
+            assert annotation['category_id'] == int(label) + 1
+            assert (coco.annToMask(annotation) == mask.numpy()).all()
+            assert annotation['area'] == mask.sum()
+
+
+def test_segmentations_are_written_as_label_maps(data, predictors, tmp_path):
+    image = str(data.images('val') / '000001.jpg')
+    written = predictors['seg']([image], str(tmp_path))
+    assert written.predictions == tmp_path / 'pred'
+    labels = cv2.imread(str(tmp_path / 'pred' / '000001.png'), cv2.IMREAD_UNCHANGED)
+    with scope_of(config('seg', data)):
+        found = inference_model(predictors['seg'].inferencer.model, image)
+    assert (labels == found.pred_sem_seg.data[0].numpy()).all()
+
+
+@pytest.mark.parametrize('kind, index', [('det', 2), ('seg', 1)])
+def test_unreadable_images_are_passed_over(data, trained, tmp_path, capsys, infer, kind, index):
+    # A folder ended at the first of them.
+    folder = tmp_path / 'images'
+    folder.mkdir()
+    good = (data.images('val') / '000001.jpg').read_bytes()
+    for name, content in (('a.jpg', b''), ('b.jpg', b'no image'), ('c.jpg', good)):
+        (folder / name).write_bytes(content)
+    with pytest.raises(SystemExit) as exit_:
+        infer([str(CONFIGS[kind]), str(trained[index]), str(folder), '--out-dir', str(tmp_path),
+               *options(kind)])
+    assert exit_.value.code == 1
+    out = capsys.readouterr()
+    assert '1 pictures in' in out.out
+    assert [line.rpartition('/')[2] for line in out.err.splitlines()
+            if line.startswith('not an image')] == ['a.jpg', 'b.jpg']
+    assert [path.name for path in (tmp_path / 'vis').iterdir()] == ['c.jpg']
+
+
+@pytest.mark.parametrize('kind, index', [('det', 2), ('seg', 1)])
+def test_an_optimised_model_finds_the_same(data, trained, predictors, kind, index):
+    fast = Predictor(config(kind, data), str(trained[index]), 'cpu', optimize=True)
+    modules = {type(module).__name__ for module in fast.inferencer.model.modules()}
+    assert 'OptimizedConv' in modules and 'KWConv2d' not in modules
+    image = str(data.images('val') / '000001.jpg')
+    with scope_of(fast.cfg):
+        actual, expected = fast._predict(image), predictors[kind]._predict(image)
+    if kind == 'seg':
+        assert (actual.pred_sem_seg.data == expected.pred_sem_seg.data).float().mean() > 0.999
+    else:
+        assert torch.allclose(actual.pred_instances.bboxes, expected.pred_instances.bboxes,
+                              atol=1e-2)
