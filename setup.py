@@ -16,12 +16,12 @@ ROOT = Path(__file__).resolve().parent
 # Run, not imported: importing kw_mm would need torch.
 VERSIONS = runpy.run_path(str(ROOT / 'kw_mm' / 'versions.py'))
 
-# What MIM, and mmengine for `kw_mm::...` configs, look for in `kw_mm/.mim`.
+# What `kw_mm::...` bases of configs read, and where OpenMMLab's packages have theirs: `kw_mm/.mim`.
 MIM_FILES = ('configs', 'tools', 'model-index.yml')
 
 
 def link_mim_files() -> None:
-    """Makes ``kw_mm/.mim`` point at the files MIM looks for, or copies them if it cannot.
+    """Makes ``kw_mm/.mim`` point at configs and tools, or copies them if it cannot.
 
     Always made anew, so that a copy is never stale.
     """

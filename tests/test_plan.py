@@ -72,7 +72,7 @@ def test_print_shows_who_shares_what():
         '---------  --------------  ------------  ----------  --------  ---------  ---------',
         '0          11 x 64x64x1x1  layer1.conv1  64x64x3x3          9  0..8           2,892',
         '                           layer1.conv2  128x64x1x1         2  9..10          1,464',
-        '2 layers share 1 warehouses: 49,412 parameters (45,056 in cells, 4,356 in attention); '
+        '2 layers share 1 warehouse: 49,412 parameters (45,056 in cells, 4,356 in attention); '
         'static: 45,056']
 
 
