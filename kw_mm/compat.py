@@ -9,9 +9,11 @@ import logging
 import math
 import sys
 import textwrap
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import mmengine.runner
@@ -49,7 +51,9 @@ _ACCELERATOR_BACKENDS = ('nccl', 'cncl', 'hccl', 'mccl')
 def apply() -> None:
     """Makes mmengine checkpoints load, and load whole, be written whole and resumed from, makes
     distributed CPU runs start, initialisers reach KW layers, mmcv's operators read what they are
-    given, mmengine count ours; may run again."""
+    given, mmengine count ours and find our configs; may run again."""
+    # mmengine and mmdet import it in a dozen places, and each says so in each process.
+    warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
     allow_mmengine_checkpoints()
     let_mmengine_refuse_checkpoints()
     crash_safety.apply()
@@ -59,6 +63,7 @@ def apply() -> None:
     let_mmcv_ops_take_bfloat16()
     let_mmcv_ops_take_any_strides()
     let_mmengine_count_operators()
+    let_configs_inherit_ours()
 
 
 def has_accelerator() -> bool:
@@ -452,6 +457,34 @@ def _contiguous(value: Any) -> Any:
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     """What numbers are compared by, NaN with NaN."""
     return tensor.detach().contiguous().flatten().view(torch.uint8)
+
+
+# mmengine knows the packages of OpenMMLab by name, and no others.
+
+def let_configs_inherit_ours() -> None:
+    """Lets configs have bases such as ``kw_mm::mask_rcnn/...py``, as they have ``mmdet::...``."""
+    original = Config._get_cfg_path
+    if hasattr(original, 'knows_ours'):
+        return
+
+    @functools.wraps(original)
+    def get_cfg_path(cfg_path: str, filename: str) -> tuple[str, str | None]:
+        package, separator, name = cfg_path.partition('::')
+        if not separator or package != 'kw_mm':
+            return original(cfg_path, filename)
+        root = Path(__file__).resolve().parent
+        # Beside the package in a checkout, inside of it where it was installed.
+        found = [path for path in (root / '.mim' / 'configs' / name, root.parent / 'configs' / name)
+                 if path.is_file()]
+        if not found:
+            raise FileNotFoundError(f'base {cfg_path!r} of {filename} must be a config of kw_mm, '
+                                    'for instance kw_mm::mask_rcnn/'
+                                    'mask-rcnn_kw1x-r50_fpn_ms-adamw-1x_coco.py')
+        # No scope: names mean what they mean in the toolbox of the config.
+        return str(found[0].resolve()), None
+
+    get_cfg_path.knows_ours = True
+    Config._get_cfg_path = staticmethod(get_cfg_path)
 
 
 # mmengine counts FLOPs in a traced graph by the names of operators, and passes over those that it

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import kw_mm  # noqa: F401  (registers everything, for configs without custom_imports too)
 from kw_mm.engine import launch
+from kw_mm.models.checkpoint_names import DownloadFailed
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         with launch.strict_loading() if resumed else contextlib.nullcontext():
             runner.train()
-    except launch.CheckpointMismatch as error:
+    except (launch.CheckpointMismatch, DownloadFailed) as error:
         parser.error(str(error))
     except launch.NotWrittenError as error:
         parser.exit(1, f'{parser.prog}: error: {error}\n')

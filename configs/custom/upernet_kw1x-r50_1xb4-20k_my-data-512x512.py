@@ -19,13 +19,11 @@ num_classes = len(metainfo['classes'])
 model = dict(
     decode_head=dict(num_classes=num_classes), auxiliary_head=dict(num_classes=num_classes))
 
-labels = dict(type='LoadAnnotations', reduce_zero_label=reduce_zero_label)
+# The base's are ADE20K's, which ignore 0; these do as the data set says.
 train_pipeline = _base_.train_pipeline
-train_pipeline[1] = labels
+train_pipeline[1] = dict(type='LoadAnnotations')
 test_pipeline = _base_.test_pipeline
-test_pipeline[2] = labels
-tta_pipeline = _base_.tta_pipeline
-tta_pipeline[1]['transforms'][2] = [labels]
+test_pipeline[2] = dict(type='LoadAnnotations')
 dataset = dict(
     _delete_=True,
     type='BaseSegDataset',

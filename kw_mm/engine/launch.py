@@ -26,6 +26,7 @@ from ..crash_safety import choose_checkpoint_
 from ..datasets import check_data
 from ..files import NotWrittenError
 from ..layers.loading import CheckpointMismatch, strict_loading
+from .quiet_log import shorten_log_
 
 __all__ = ['CheckpointMismatch', 'NotWrittenError', 'add_common_options', 'build_runner',
            'check_checkpoint', 'check_data_sets', 'choose_checkpoint_', 'config_path',
@@ -110,7 +111,9 @@ def build_runner(cfg: Config) -> Any:
     name = (cfg.get('visualizer') or {}).get('name')
     if name and Visualizer.check_instance_created(name):
         cfg.visualizer.name = f'{name}-{time.time_ns()}'
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    shorten_log_(runner)
+    return runner
 
 
 def enable_amp_(cfg: Config) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
+from urllib.error import URLError
 from urllib.parse import urlparse
 
 import torch
@@ -26,6 +27,10 @@ TORCHVISION_FILES = {
 TORCHVISION_URL = 'https://download.pytorch.org/models/'
 
 
+class DownloadFailed(ConnectionError):
+    """A checkpoint that is to be downloaded cannot be, most often for want of a network."""
+
+
 def locate_checkpoint(name: str) -> str:
     """Turns the name of a checkpoint into the path of a file, which is downloaded if need be.
 
@@ -37,6 +42,7 @@ def locate_checkpoint(name: str) -> str:
 
     Raises:
         ValueError: If a model zoo has no such name.
+        DownloadFailed: If it cannot be downloaded.
     """
     scheme, _, rest = name.partition('://')
     if scheme in ('modelzoo', 'torchvision') and rest:
@@ -71,7 +77,13 @@ def _download(url: str) -> str:
     for turn in (True, False):
         if (get_rank() == 0) == turn and not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(file), digits and digits[1], progress=turn)
+            try:
+                torch.hub.download_url_to_file(url, str(file), digits and digits[1], progress=turn)
+            except URLError as error:
+                raise DownloadFailed(
+                    f'{url} cannot be downloaded ({error}); without a network, fetch it elsewhere '
+                    'and name the file, in a config with --cfg-options '
+                    'model.backbone.init_cfg.checkpoint=FILE') from error
         if turn:
             barrier()
     return str(file)

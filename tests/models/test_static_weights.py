@@ -1,6 +1,7 @@
 """StaticPretrained: KW backbones from checkpoints of static ones."""
 import json
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from kw_mm.convert.keys import rename_keys, reverse
 from kw_mm.convert.state_dict import static_shapes
 from kw_mm.layers import Attention
 from kw_mm.models import checkpoint_names, static_weights
-from kw_mm.models.checkpoint_names import locate_checkpoint
+from kw_mm.models.checkpoint_names import DownloadFailed, locate_checkpoint
 
 CONVNEXT = dict(arch=dict(depths=(1, 1), channels=(16, 32)), layer_scale_init_value=1.0,
                 out_indices=(0, 1))
@@ -461,3 +462,15 @@ def test_open_mmlab_names(hub, monkeypatch, tmp_path):
 def test_unknown_names_are_told(name, message):
     with pytest.raises(ValueError, match=message):
         locate_checkpoint(name)
+
+
+def test_a_machine_without_a_network(tmp_path, monkeypatch):
+    # It ended in a bare URLError.
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+
+    def download(*args, **kwargs):
+        raise URLError('no route')
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
+    with pytest.raises(DownloadFailed, match=r'https://download.pytorch.org/models/resnet50.*pth '
+                       r'cannot be downloaded .*model.backbone.init_cfg.checkpoint=FILE'):
+        locate_checkpoint('torchvision://resnet50')

@@ -1,0 +1,39 @@
+"""Logs of runs without the hundreds of lines that nobody reads."""
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import Any
+
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+
+
+def shorten_log_(runner: Any) -> None:
+    """Leaves out of a run's log a line or three for every parameter.
+
+    mmengine writes how each was initialised, and what each has of the optimizer's settings. One
+    line says the former in short. With ``log_level = 'DEBUG'`` nothing is left out.
+
+    Args:
+        runner: A runner that is built and has not begun.
+    """
+    if runner.logger.isEnabledFor(logging.DEBUG):
+        return
+    runner.logger.addFilter(_is_worth_reading)
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    if hasattr(model, '_dump_init_info'):
+        # Called at the end of its init_weights, while the notes of what was done exist.
+        model._dump_init_info = lambda: _summarize(model)
+
+
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith('paramwise_options -- ')
+
+
+def _summarize(model: Any) -> None:
+    ways = Counter(info['init_info'].strip().splitlines()[0].rstrip(' ,.')
+                   for info in model._params_init_info.values())
+    lines = [f'  {num:>5}  {way}' for way, num in ways.most_common()]
+    print_log('\n'.join(['Parameters were initialised so (log_level=DEBUG names each):', *lines]),
+              logger='current')
