@@ -54,7 +54,7 @@ class WarehouseConfig:
         for name in ('cell_inplane_ratio', 'cell_outplane_ratio', 'nonlocal_basis_ratio'):
             self._set(name, lambda value, name=name: _positive(name, value, upper=1))
         self._set('spatial_partition', _flag)
-        if self.attn_norm not in ATTENTION_NORMS:
+        if not isinstance(self.attn_norm, str) or self.attn_norm not in ATTENTION_NORMS:
             raise ValueError(f'attn_norm must be one of {ATTENTION_NORMS}, got {self.attn_norm!r}')
 
     def _set(self, name: str, check) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .arguments import checks_arguments
 from .assignment import Assignment, assign_cells, floor
 from .config import WarehouseConfig
 from .plan_table import describe_plan, describe_static
@@ -48,8 +49,9 @@ class ConvSpec:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(
                     f'{field} of {self._label} must be a positive integer, got {value!r}')
-        if not 1 <= len(self.kernel_size) <= 3 or not all(
-                isinstance(k, int) and k >= 1 for k in self.kernel_size):
+        if not isinstance(self.kernel_size, (tuple, list)) or not (
+                1 <= len(self.kernel_size) <= 3) or not all(
+                    isinstance(k, int) and k >= 1 for k in self.kernel_size):
             raise ValueError(f'kernel_size of {self._label} must hold 1 to 3 positive integers, '
                              f'got {self.kernel_size}')
         for field in ('in_channels', 'out_channels'):
@@ -189,6 +191,7 @@ class WarehousePlan:
         return describe_static(self.static)
 
 
+@checks_arguments
 def plan_warehouses(layers: Iterable[ConvSpec],
                     kw_cfg: WarehouseConfig | Mapping[str, Any] | None = None,
                     own_cfgs: Mapping[Hashable, WarehouseConfig | Mapping[str, Any]] | None = None
@@ -218,6 +221,8 @@ def plan_warehouses(layers: Iterable[ConvSpec],
     shared: dict[Hashable, list[ConvSpec]] = {}
     names = set()
     for spec in layers:
+        if not isinstance(spec, ConvSpec):
+            raise TypeError(f'layers must hold ConvSpecs, got {spec!r}')
         if spec.name in names:
             raise ValueError(f'layers must have unique names, got {spec.name!r} twice')
         names.add(spec.name)

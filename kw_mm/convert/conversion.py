@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from ..arguments import checks_arguments
 from ..config import WarehouseConfig
 from ..layers import KWLinear, StartReport, WarehouseManager, start_from_static_
 from ..plan import Warehouse, WarehousePlan
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 MANAGER = 'warehouse_manager'
 
 
+@checks_arguments
 def convert_to_kw_(module: nn.Module, kw_cfg: WarehouseConfig | Mapping[str, Any] | None = None,
                    groups: Groups | None = None, filter_fn: FilterFn = None,
                    linear: bool = False) -> ConvertedPlan:
@@ -166,6 +168,7 @@ def _make(candidate: Candidate, plain: PlainConv,
     return layer, conv
 
 
+@checks_arguments
 def plan_conversion(module: nn.Module,
                     kw_cfg: WarehouseConfig | Mapping[str, Any] | None = None,
                     groups: Groups | None = None, filter_fn: FilterFn = None,

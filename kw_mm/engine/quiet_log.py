@@ -18,7 +18,8 @@ def shorten_log_(runner: Any) -> None:
     Args:
         runner: A runner that is built and has not begun.
     """
-    if runner.logger.isEnabledFor(logging.DEBUG):
+    # mmengine sets the level of handlers, and leaves the logger's alone.
+    if any(handler.level <= logging.DEBUG for handler in runner.logger.handlers):
         return
     runner.logger.addFilter(_is_worth_reading)
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ..arguments import checks_arguments
 from ..convert.surgery import hidden_references, swap_
 from ..layers import KWConv1d, KWConv2d, KWConv3d
 from ..ops.cell_storage import reads_by_rows, store_by_rows
@@ -74,6 +75,7 @@ class OptimizationReport:
 
 
 @torch.no_grad()
+@checks_arguments
 def optimize_for_inference_(module: nn.Module, memory_budget: int | None = None,
                             storage_dtype: torch.dtype | None = None) -> OptimizationReport:
     """Computes once, in place, what is the same for every image; outputs stay what they were.

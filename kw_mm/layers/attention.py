@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..arguments import checks_arguments
 from ..ops import mean_positions, mixing_weights, order_logits
 from ..ops.autocast import autocast_dtype, widest_dtype
 from ..plan import LayerPlan
@@ -242,6 +243,7 @@ def is_plain(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear and 'weight' in layer._parameters
 
 
+@checks_arguments
 def set_temperature(module: nn.Module, tau: float) -> int:
     """Sets the temperature of every KW layer inside a module, itself included.
 

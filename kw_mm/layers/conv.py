@@ -9,6 +9,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..arguments import checks_arguments
 from ..config import WarehouseConfig
 from ..ops import assemble_kernel, collect_gradients, dynamic_conv
 from ..ops.convolution import in_order, is_channels_last
@@ -125,6 +126,7 @@ class _KWConvNd(CellUser):
     # What a static layer of another type, in whose place it is, stores; kw_mm.convert sets it.
     origin = None
 
+    @checks_arguments
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int | Sequence[int],
                  stride: int | Sequence[int] = 1, padding: int | Sequence[int] | str = 0,
                  dilation: int | Sequence[int] = 1, groups: int = 1, bias: bool = True,

@@ -8,6 +8,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from ..arguments import check_positive, checks_arguments
 from ..config import WarehouseConfig
 from .conv import NO_WEIGHT, KWConv1d, record_call
 from .loading import check_fit
@@ -35,10 +36,12 @@ class KWLinear(nn.Module):
         ValueError: If a value is out of range.
     """
 
+    @checks_arguments
     def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None,
                  dtype=None, kw_cfg: WarehouseConfig | Mapping[str, Any] | None = None, *,
                  manager: WarehouseManager | None = None, name: str = '') -> None:
         super().__init__()
+        check_positive(in_features=in_features, out_features=out_features)
         self.in_features = in_features
         self.out_features = out_features
         self.conv = KWConv1d(in_features, out_features, 1, bias=bias, device=device, dtype=dtype,

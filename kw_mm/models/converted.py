@@ -10,12 +10,14 @@ from mmengine.logging import print_log
 from mmengine.registry import DefaultScope
 from torch import nn
 
+from ..arguments import checks_arguments
 from ..config import WarehouseConfig
 from ..convert import plan_conversion, start_from_state_dict_
 from .backbones.base import mark_initialised_
 from .static_weights import build_model, warn_twice
 
 
+@checks_arguments
 def KWConverted(module: Mapping[str, Any],
                 kw_cfg: WarehouseConfig | Mapping[str, Any] | None = None,
                 groups: Mapping[str, Any] | Sequence[Any] | None = None,
@@ -43,9 +45,10 @@ def KWConverted(module: Mapping[str, Any],
         TypeError: If an argument is of a wrong type.
         ValueError: If a glob of ``filter`` matches nothing, or as ``convert_to_kw_`` has it.
     """
-    if not isinstance(module, Mapping):
+    if not isinstance(module, Mapping) or 'type' not in module:
         raise TypeError(f'module must be the config of a registered module, got {module!r}')
-    if isinstance(filter, str) or not all(isinstance(pattern, str) for pattern in filter):
+    if isinstance(filter, str) or not isinstance(filter, Sequence) or not all(
+            isinstance(pattern, str) for pattern in filter):
         raise TypeError(f'filter must be a list of globs, got {filter!r}')
     scope = DefaultScope.get_current_instance()
     start = StaticStart(module, scope and scope.scope_name)

@@ -12,6 +12,7 @@ from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ...arguments import check_positive, checks_arguments
 from ...config import WarehouseConfig
 from ...plan import ConvSpec
 from .base import KWBackbone, check_choice, check_drop_path_rate, check_indices
@@ -121,12 +122,14 @@ class KWConvNeXt(KWBackbone):
     static_extras = (*KWBackbone.static_extras, 'norm.')
     static_optional = ('norm0.', 'norm1.', 'norm2.', 'norm3.')
 
+    @checks_arguments
     def __init__(self, arch: str | Mapping[str, Sequence[int]] = 'tiny', in_channels: int = 3,
                  drop_path_rate: float = 0.0, layer_scale_init_value: float = 1e-6,
                  out_indices: Sequence[int] = (0, 1, 2, 3), output_stride: int | None = None,
                  frozen_stages: int = -1, freeze_cells: bool = False, with_cp: bool = False,
                  kw_cfg: WarehouseConfig | Mapping[str, Any] | None = None, static: bool = False,
                  init_cfg: Mapping[str, Any] | list | None = None) -> None:
+        check_positive(in_channels=in_channels)
         depths, channels = self._check_arch(arch)
         out_indices = check_indices('out_indices', out_indices, len(depths))
         check_choice('frozen_stages', frozen_stages, range(-1, len(depths) + 1))

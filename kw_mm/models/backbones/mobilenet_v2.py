@@ -10,6 +10,7 @@ from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ...arguments import check_positive, checks_arguments
 from ...config import WarehouseConfig
 from ...plan import ConvSpec
 from .base import KWBackbone, check_choice, check_drop_path_rate, check_indices
@@ -134,6 +135,7 @@ class KWMobileNetV2(KWBackbone):
         ValueError: If a value is out of range or ``kw_cfg`` holds an unknown key.
     """
 
+    @checks_arguments
     def __init__(self, widen_factor: float = 1.0, in_channels: int = 3,
                  share_pointwise: bool = True, static_pointwise_stages: Sequence[int] = (),
                  strides: Sequence[int] | None = None,
@@ -144,6 +146,7 @@ class KWMobileNetV2(KWBackbone):
                  with_cp: bool = False, drop_path_rate: float = 0.0,
                  kw_cfg: WarehouseConfig | Mapping[str, Any] | None = None, static: bool = False,
                  init_cfg: Mapping[str, Any] | list | None = None) -> None:
+        check_positive(in_channels=in_channels)
         if not widen_factor > 0:
             raise ValueError(f'widen_factor must be > 0, got {widen_factor!r}')
         for stage in static_pointwise_stages:

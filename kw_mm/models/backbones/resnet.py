@@ -10,6 +10,7 @@ from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ...arguments import check_positive, checks_arguments
 from ...config import WarehouseConfig
 from ...plan import ConvSpec
 from .base import KWBackbone, check_choice, check_drop_path_rate, check_indices
@@ -154,6 +155,7 @@ class KWResNet(KWBackbone):
         152: (bottleneck_convs, (3, 8, 36, 3)),
     }
 
+    @checks_arguments
     def __init__(self, depth: int, in_channels: int = 3, stem_channels: int | None = None,
                  base_channels: int = 64, num_stages: int = 4,
                  strides: Sequence[int] = (1, 2, 2, 2), dilations: Sequence[int] = (1, 1, 1, 1),
@@ -165,6 +167,9 @@ class KWResNet(KWBackbone):
                  drop_path_rate: float = 0.0,
                  kw_cfg: WarehouseConfig | Mapping[str, Any] | None = None, static: bool = False,
                  init_cfg: Mapping[str, Any] | list | None = None) -> None:
+        check_positive(in_channels=in_channels, base_channels=base_channels)
+        if stem_channels is not None:
+            check_positive(stem_channels=stem_channels)
         check_choice('depth', depth, self.arch_settings)
         check_choice('num_stages', num_stages, range(1, 5))
         check_choice('style', style, ['pytorch'])
@@ -327,4 +332,4 @@ def _dynamic_convs(blocks: Sequence[BlockGeometry], avg_down: bool) -> Iterator[
 
 
 def _shortcut_path(block: BlockGeometry, avg_down: bool) -> str:
-    return f'{block.path}.downsample.{int(avg_down)}'
+    return f'{block.path}.downsample.{int(bool(avg_down))}'
