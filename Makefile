@@ -41,12 +41,10 @@ demo-seg: env  ## train a small segmentor with KernelWarehouse
 # process begins with its part of the files, because what tests of a file share is made once then.
 RUN_TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-test: env  ## ruff, then all tests with coverage
-	@$(PY) -m ruff check .
+test: lint  ## ruff and mypy, then all tests with coverage
 	@$(RUN_TESTS) --cov=kw_mm --cov-report=term $(PYTEST_ARGS)
 
-quick: env  ## ruff, then the quick tests: what to run before a commit
-	@$(PY) -m ruff check .
+quick: lint  ## ruff and mypy, then the quick tests: what to run before a commit
 	@$(RUN_TESTS) -m 'not slow' $(PYTEST_ARGS)
 
 test-matrix:  ## core tests on every torch and Python that is claimed (needs nox; gigabytes)
@@ -57,11 +55,12 @@ env: $(STEPS)/checked  ## make .venv, or finish it
 check: env  ## check .venv again
 	@$(PY) tools/install/check_env.py --pins requirements.txt
 
-lint: env  ## ruff
+lint: env  ## ruff and mypy
 	@$(PY) -m ruff check .
+	@$(PY) -m mypy
 
 clean:  ## remove what builds and tests left (not .venv, data, work_dirs)
-	rm -rf build dist *.egg-info .coverage .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .coverage .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find kw_mm tests tools configs -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean  ## clean, and remove .venv

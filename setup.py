@@ -76,7 +76,7 @@ def ranged(*packages: str) -> list[str]:
     return [package + VERSIONS['SUPPORTED'][package] for package in packages]
 
 
-TEST = ['pytest>=7', 'pytest-cov', 'pytest-xdist', 'hypothesis', 'ruff',
+TEST = ['pytest>=7', 'pytest-cov', 'pytest-xdist', 'hypothesis', 'ruff', 'mypy',
         'triton; platform_system == "Linux"']
 
 # pip knows nothing of one package serving for another: an extra that asked for mmcv would install
