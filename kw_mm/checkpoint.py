@@ -13,7 +13,7 @@ from . import unpickling
 from .files import replacing
 
 # Since 2.6 torch can be told, by name and object, what a file may hold (``kw_mm.compat`` does).
-_TORCH_TAKES_NAMES = torch.__version__ >= (2, 6)
+_TORCH_TAKES_NAMES = torch.__version__ >= '2.6'
 
 
 class TornCheckpointError(ValueError):

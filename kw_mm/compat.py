@@ -93,7 +93,7 @@ def allow_mmengine_checkpoints() -> None:
     for kind in (HistoryBuffer, np.ndarray, np.dtype):
         allowed[f'{kind.__module__}.{kind.__name__}'] = kind
     unpickling.allow(allowed)
-    if torch.__version__ >= (2, 6):
+    if torch.__version__ >= '2.6':
         # Unpickling a dtype checks its class as well.
         dtypes = [type(np.dtype(name)) for name in
                   ('?', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'f2', 'f4', 'f8')]
@@ -160,7 +160,7 @@ def let_mmengine_refuse_checkpoints() -> None:
         for line in _left_out(module, state_dict, load.absent) if load.fitting else ():
             print_log(line, logger=logger, level=logging.WARNING)
 
-    load_state_dict.refuses_checkpoints = True
+    load_state_dict.refuses_checkpoints = True  # type: ignore[attr-defined]
     mmengine_checkpoint.load_state_dict = mmengine.runner.load_state_dict = load_state_dict
 
 
@@ -222,7 +222,7 @@ def patch_pytorch_launcher() -> None:
             torch.distributed.init_process_group(backend=backend, **kwargs)
             atexit.register(_leave_process_group)
 
-    init_dist.starts_on_cpu = True
+    init_dist.starts_on_cpu = True  # type: ignore[attr-defined]
     dist_utils._init_dist_pytorch = init_dist
 
 
@@ -307,11 +307,11 @@ def _on_kw_layers(original: Callable) -> Callable:
         elif not getattr(layer, 'is_part_of_kw_layer', False):
             original(module, *args, **kwargs)
 
-    initialise.takes_kw_layers = True
+    initialise.takes_kw_layers = True  # type: ignore[attr-defined]
     return initialise
 
 
-def _static_twin(layer: nn.Module) -> nn.Module:
+def _static_twin(layer: Any) -> nn.Module:
     # Without values of its own, which would use up random numbers.
     return nn.utils.skip_init(
         layer.static_type, layer.in_channels, layer.out_channels, layer.kernel_size,
@@ -319,7 +319,7 @@ def _static_twin(layer: nn.Module) -> nn.Module:
         dtype=layer.cells.dtype)
 
 
-def _start_as(layer: nn.Module, static: nn.Module, initialiser: str) -> None:
+def _start_as(layer: Any, static: Any, initialiser: str) -> None:
     weight, warehouse = static.weight, layer.plan.warehouse
     if len(layer.manager.plan.warehouses[warehouse].layers) == 1:
         start_from_static_([(layer, weight, static.bias)])
@@ -376,7 +376,7 @@ def _in_single(method: Callable) -> Callable:
                          for result in results)
         return results.bfloat16() if _has_dtype(results, torch.float32) else results
 
-    single.takes_bfloat16 = True
+    single.takes_bfloat16 = True  # type: ignore[attr-defined]
     return single
 
 
@@ -420,7 +420,7 @@ def _with_contiguous(method: Callable) -> Callable:
         return method(*map(_contiguous, args),
                       **{name: _contiguous(value) for name, value in kwargs.items()})
 
-    contiguous.takes_any_strides = True
+    contiguous.takes_any_strides = True  # type: ignore[attr-defined]
     return contiguous
 
 
@@ -431,8 +431,8 @@ def _compiled_with_contiguous(function: Callable) -> Callable:
     """
     @functools.wraps(function)
     def contiguous(*args: Any, **kwargs: Any) -> Any:
-        copies = [(value, _contiguous(value)) for value in (*args, *kwargs.values())]
-        copies = {id(value): (value, copy) for value, copy in copies if copy is not value}
+        pairs = [(value, _contiguous(value)) for value in (*args, *kwargs.values())]
+        copies = {id(value): (value, copy) for value, copy in pairs if copy is not value}
         if not copies:
             return function(*args, **kwargs)
 
@@ -446,7 +446,7 @@ def _compiled_with_contiguous(function: Callable) -> Callable:
                 value.copy_(twin)
         return results
 
-    contiguous.takes_any_strides = True
+    contiguous.takes_any_strides = True  # type: ignore[attr-defined]
     return contiguous
 
 

@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from numbers import Real
 from typing import Any, Union
 
@@ -50,14 +51,14 @@ class WarehouseConfig:
 
     def __post_init__(self) -> None:
         for name in ('cell_num_ratio', 'reduction'):
-            self._set(name, lambda value, name=name: _positive(name, value))
+            self._set(name, partial(_positive, name))
         for name in ('cell_inplane_ratio', 'cell_outplane_ratio', 'nonlocal_basis_ratio'):
-            self._set(name, lambda value, name=name: _positive(name, value, upper=1))
+            self._set(name, partial(_positive, name, upper=1))
         self._set('spatial_partition', _flag)
         if not isinstance(self.attn_norm, str) or self.attn_norm not in ATTENTION_NORMS:
             raise ValueError(f'attn_norm must be one of {ATTENTION_NORMS}, got {self.attn_norm!r}')
 
-    def _set(self, name: str, check) -> None:
+    def _set(self, name: str, check: Callable[[Any], Any]) -> None:
         value = getattr(self, name)
         if isinstance(value, Sequence) and not isinstance(value, str):
             if not value:
@@ -120,11 +121,11 @@ class WarehouseConfig:
         return replace(self, **single)
 
 
-def _positive(name: str, value: Any, upper: float = math.inf) -> float:
+def _positive(name: str, value: Any, upper: float = math.inf) -> Any:
     expected = 'a finite number > 0' if upper == math.inf else f'a number in (0, {upper}]'
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f'{name} must be {expected} (or a tuple of such), got {value!r}')
-    if not 0 < value <= upper or math.isinf(value):  # NaN compares false
+    if not 0 < float(value) <= upper or math.isinf(value):  # NaN compares false
         raise ValueError(f'{name} must be {expected} (or a tuple of such), got {value!r}')
     return value
 

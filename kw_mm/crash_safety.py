@@ -120,7 +120,7 @@ def _writing_whole(original: Callable) -> Callable:
         with replacing(filename) as stream:
             torch.save(checkpoint, stream)
 
-    save_checkpoint.writes_whole = True
+    save_checkpoint.writes_whole = True  # type: ignore[attr-defined]
     return save_checkpoint
 
 

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 # What a file is called while it is written: hidden, and so that nobody takes it for a checkpoint.
 _SUFFIX = '.unfinished'
@@ -45,8 +45,8 @@ def replacing(path: str | os.PathLike, durable: bool = True) -> Iterator[BinaryI
     """
     target = Path(os.path.realpath(Path(path).expanduser()))
     if target.exists() and not target.is_file() and not target.is_dir():
-        with open(target, 'wb') as stream:  # a device or a pipe
-            yield stream
+        with open(target, 'wb') as device:  # or a pipe
+            yield device
         return
     unfinished = None
     try:
@@ -54,6 +54,7 @@ def replacing(path: str | os.PathLike, durable: bool = True) -> Iterator[BinaryI
             remove_unfinished(target.parent)
         if target.is_dir():
             raise IsADirectoryError(f'{str(path)!r} is a folder')
+        stream: BinaryIO
         stream, unfinished = _open_unfinished(target)
         with stream:
             yield stream

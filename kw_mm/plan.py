@@ -160,7 +160,7 @@ class WarehousePlan:
     @property
     def layers(self) -> Mapping[str, LayerPlan]:
         """Every layer by its name."""
-        return self._layers
+        return self.__dict__['_layers']
 
     @property
     def num_cell_parameters(self) -> int:
@@ -247,8 +247,10 @@ def count_mixtures(specs: Sequence[ConvSpec], config: WarehouseConfig) -> list[i
     return [math.prod(_grid(0, spec, cell_shape, config)) for spec in specs]
 
 
-def _plan_warehouse(index: int, key: Hashable, specs: list[ConvSpec],
-                    config: WarehouseConfig) -> Warehouse:
+# What follows takes the settings of one warehouse, which are single values.
+
+
+def _plan_warehouse(index: int, key: Hashable, specs: list[ConvSpec], config: Any) -> Warehouse:
     cell_shape = _cell_shape(index, specs, config)
     grids = [_grid(index, spec, cell_shape, config) for spec in specs]
     mixtures = [math.prod(grid) for grid in grids]
@@ -273,7 +275,7 @@ def _plan_warehouse(index: int, key: Hashable, specs: list[ConvSpec],
     return Warehouse(key, num_cells, cell_shape, config, tuple(layers))
 
 
-def _cell_shape(index: int, specs: Sequence[ConvSpec], config: WarehouseConfig) -> tuple[int, ...]:
+def _cell_shape(index: int, specs: Sequence[ConvSpec], config: Any) -> tuple[int, ...]:
     kernels = {spec.kernel_size for spec in specs}
     if len({len(kernel) for kernel in kernels}) > 1:
         raise ValueError(f'layers that share warehouse {index} must have as many spatial '
@@ -292,7 +294,7 @@ def _cell_shape(index: int, specs: Sequence[ConvSpec], config: WarehouseConfig) 
 
 
 def _grid(index: int, spec: ConvSpec, cell_shape: tuple[int, ...],
-          config: WarehouseConfig) -> tuple[int, int, int]:
+          config: Any) -> tuple[int, int, int]:
     for field, channels, cell in (
             ('cell_outplane_ratio', spec.weight_shape[0], cell_shape[0]),
             ('cell_inplane_ratio', spec.weight_shape[1], cell_shape[1])):

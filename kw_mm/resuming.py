@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .checkpoint import TornCheckpointError, check_checkpoint, has_scheme
 
@@ -70,7 +71,7 @@ def find_whole_checkpoint(folder: str, places: Sequence[tuple[str, str]] = ()) -
     if marked:
         places += [(os.path.dirname(marked), template) for _, template in places]
         _take_newest(found, [marked])
-    candidates = _list(places)
+    candidates: dict[str, Any] = _list(places)
     if marked:
         _, template, number = candidates.pop(os.path.realpath(marked), (marked, None, 0))
         later = [path for path, *kind in candidates.values()
@@ -107,7 +108,7 @@ def _read_marker(found: Found) -> str | None:
 
 def _list(places: Iterable[tuple[str, str]]) -> dict[str, tuple[str, str, int]]:
     """Paths, templates and numbers of the checkpoints in folders, each once."""
-    listed = {}
+    listed: dict[str, tuple[str, str, int]] = {}
     for folder, template in dict.fromkeys(places):
         pattern = re.compile(re.escape(template).replace(r'\{\}', r'(\d+)'))
         names = os.listdir(folder or '.') if os.path.isdir(folder or '.') else []
@@ -127,7 +128,8 @@ def _take_newest(found: Found, paths: list[str], than: tuple[str, int] = ('', -1
             ages[path] = _written(path)
         except (OSError, ValueError) as error:
             _pass(found, error)
-    for path in sorted((path for path in ages if ages[path] > than), key=ages.get, reverse=True):
+    newer = [path for path in ages if ages[path] > than]
+    for path in sorted(newer, key=ages.__getitem__, reverse=True):
         try:
             check_checkpoint(path, resume=True)
         except (OSError, ValueError) as error:
@@ -145,7 +147,7 @@ def _pass(found: Found, error: Exception) -> None:
 def _written(path: str) -> tuple[str, int]:
     """When a checkpoint was written, and after how many iterations."""
     # By the time inside; copying a file can give it a new one.
-    meta = check_checkpoint(path).get('meta')
+    meta = (check_checkpoint(path) or {}).get('meta')
     meta = meta if isinstance(meta, dict) else {}
     stamp = meta.get('time') or time.strftime(
         '%Y%m%d_%H%M%S', time.localtime(os.path.getmtime(path)))

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -45,7 +45,7 @@ class Candidate:
         reservation: Why it stays static unless a group asks for it by name, or None.
     """
 
-    module: nn.Module
+    module: Any
     names: tuple[str, ...]
     plain: PlainConv
     reservation: str | None = None
@@ -56,9 +56,11 @@ class Candidate:
         return self.names[0]
 
     @property
-    def kw_type(self) -> type[nn.Module]:
+    def kw_type(self) -> Any:
         """The class that takes its place."""
-        return CONVERTIBLE[find_base(type(self.module))]
+        base = find_base(type(self.module))
+        assert base is not None, 'candidates are of convertible types'
+        return CONVERTIBLE[base]
 
     @property
     def spec(self) -> ConvSpec:
@@ -129,7 +131,7 @@ def _unsupported_type(module: nn.Module) -> str | None:
     return f'{name} is a type of its own, which may compute something else'
 
 
-def _unsupported_state(module: nn.Module) -> str | None:
+def _unsupported_state(module: Any) -> str | None:
     """What a swap would lose of a layer of the right type."""
     if any(getattr(module, hooks, None) for hooks in _HOOKS):
         return 'it has hooks'
@@ -156,7 +158,7 @@ def _check_declared(module: nn.Module, plain: PlainConv, name: str) -> str | Non
     return None
 
 
-def _reservation(root: nn.Module, module: nn.Module, names: tuple[str, ...]) -> str | None:
+def _reservation(root: nn.Module, module: Any, names: tuple[str, ...]) -> str | None:
     """Why a layer stays static unless it is asked for by name."""
     for path, ancestor in _ancestors(root, names[0]):
         manager = getattr(ancestor, 'warehouse_manager', None)
@@ -176,7 +178,8 @@ def _reservation(root: nn.Module, module: nn.Module, names: tuple[str, ...]) -> 
 
 def _ancestors(root: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     """The modules on the way to a layer, from the root, without the layer."""
-    path, module = '', root
+    path = ''
+    module: Any = root
     yield path, module
     for part in name.split('.')[:-1]:
         path, module = f'{path}.{part}'.lstrip('.'), module._modules[part]

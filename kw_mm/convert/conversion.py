@@ -158,7 +158,7 @@ class Conversion:
 
 
 def _make(candidate: Candidate, plain: PlainConv,
-          manager: WarehouseManager) -> tuple[nn.Module, nn.Module]:
+          manager: WarehouseManager) -> tuple[nn.Module, Any]:
     """A new layer for a static one, and the convolution that it is or has inside."""
     layer = candidate.kw_type.like(plain, manager=manager, name=candidate.name)
     conv = layer.conv if isinstance(layer, KWLinear) else layer
@@ -190,12 +190,12 @@ def plan_conversion(module: nn.Module,
             raise ValueError(f'layers of one group must have one dtype and device, got '
                              f'{sorted(kept_in)} in {key!r}')
     order = {name: i for i, name in enumerate(n for n, _ in module.named_modules())}
-    static = tuple(sorted([*static, *grouping.static], key=lambda entry: order[entry[0]]))
+    kept = tuple(sorted([*static, *grouping.static], key=lambda entry: order[entry[0]]))
     if not grouping.warehouses:
-        why = '; '.join(WarehousePlan((), static).describe_static())
+        why = '; '.join(WarehousePlan((), kept).describe_static())
         raise ValueError('nothing matched: the module has no layer to convert'
                          + (f' ({why})' if why else ''))
-    plan = replace(plan_groups(grouping, config, candidates), static=static)
+    plan = replace(plan_groups(grouping, config, candidates), static=kept)
     logger.info('%s', plan)
     for warehouse in plan.warehouses:
         attention = sum(layer.num_attention_parameters for layer in warehouse.layers)

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from ..layers import KWConv1d, KWConv2d, KWConv3d, KWLinear
 
 # What is converted, and to what. Subclasses may compute something else, unless they are declared.
-CONVERTIBLE: dict[type[nn.Module], type[nn.Module]] = {
+CONVERTIBLE: dict[type[nn.Module], type[KWConv1d | KWConv2d | KWConv3d | KWLinear]] = {
     nn.Conv1d: KWConv1d, nn.Conv2d: KWConv2d, nn.Conv3d: KWConv3d, nn.Linear: KWLinear}
 
 _BY_DIMS = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
@@ -153,7 +153,7 @@ def has_own_form(layer: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def read_plain(layer: nn.Module, name: str) -> PlainConv:
+def read_plain(layer: Any, name: str) -> PlainConv:
     """The plain convolution that a layer amounts to; it learns if the layer does.
 
     Args:
@@ -170,7 +170,7 @@ def read_plain(layer: nn.Module, name: str) -> PlainConv:
     if base is None:
         raise TypeError(f'{type(layer).__name__} (layer {name!r}) is declared by its path, but '
                         f'must derive from one of {[t.__name__ for t in CONVERTIBLE]}')
-    plain = find_form(type(layer))(layer)
+    plain = (find_form(type(layer)) or as_it_stands)(layer)
     if not has_own_form(layer):
         return plain
     label = f'the form declared for {type(layer).__name__} (layer {name!r})'

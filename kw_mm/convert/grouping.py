@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Union
@@ -37,7 +37,7 @@ class Grouping:
 
     warehouses: Mapping[str, Sequence[Candidate]]
     static: Sequence[tuple[str, str]]
-    own_cfgs: Mapping[str, Any]
+    own_cfgs: Mapping[Hashable, Any]
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _split(key: str, members: Sequence[Candidate], config: WarehouseConfig, allo
     if problem is None or len(members) == 1:
         yield (members[0].name if len(members) == 1 else key), members, problem
         return
-    parts: dict[str, list[Candidate]] = {}
+    parts: dict[str, Any] = {}
     if level == 0:
         parts = _by_multiples(key, members)
     elif level == 1:
@@ -204,7 +204,7 @@ def _by_multiples(key: str, members: Sequence[Candidate]) -> dict[str, list[Cand
             for base, part in parts.items()}
 
 
-def _problem(members: Sequence[Candidate], config: WarehouseConfig,
+def _problem(members: Sequence[Candidate], config: Any,
              allowance: float) -> str | None:
     specs = [member.spec for member in members]
     bound = allowance * sum(map(_size, members))

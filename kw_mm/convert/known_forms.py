@@ -6,6 +6,7 @@ for (TensorFlow's 'SAME'), and its weight is standardised, each filter to mean 0
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,7 @@ class SamePadding(nn.Module):
         return f'extent={self.extent}, stride={self.stride}'
 
 
-def pad_same(layer: nn.Module, weight: Tensor | None = None) -> PlainConv:
+def pad_same(layer: Any, weight: Tensor | None = None) -> PlainConv:
     """A convolution with 'SAME' padding, as plain as its geometry allows.
 
     Args:
@@ -72,20 +73,20 @@ def _centred(weight: Tensor) -> Tensor:
     return weight - _of_filters(weight.flatten(1).mean(1), weight)
 
 
-def mmcv_ws(layer: nn.Module) -> PlainConv:
+def mmcv_ws(layer: Any) -> PlainConv:
     """mmcv's ``ConvWS2d``."""
     std = _of_filters(layer.weight.flatten(1).std(1), layer.weight)
     return PlainConv.of(layer, weight=_centred(layer.weight) / (std + layer.eps))
 
 
-def mmcv_aws(layer: nn.Module) -> PlainConv:
+def mmcv_aws(layer: Any) -> PlainConv:
     """mmcv's ``ConvAWS2d``: standardised, then given the mean and scale of pretrained weights."""
     variance = _of_filters(layer.weight.flatten(1).var(1), layer.weight)
     standardised = _centred(layer.weight) / (variance + 1e-5).sqrt()
     return PlainConv.of(layer, weight=layer.weight_gamma * standardised + layer.weight_beta)
 
 
-def timm_std(layer: nn.Module) -> PlainConv:
+def timm_std(layer: Any) -> PlainConv:
     """timm's four standardised convolutions: scaled or not, with 'SAME' padding or not."""
     variance = _of_filters(layer.weight.flatten(1).var(1, unbiased=False), layer.weight)
     weight = _centred(layer.weight) * (variance + layer.eps).rsqrt()

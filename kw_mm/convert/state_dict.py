@@ -1,14 +1,22 @@
 """Static weights for a KW network: a state dict of its static twin."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
 
-from ..layers import KWLinear, StartReport, WarehouseManager, start_from_static_
+from ..layers import (
+    KWConv1d,
+    KWConv2d,
+    KWConv3d,
+    KWLinear,
+    StartReport,
+    WarehouseManager,
+    start_from_static_,
+)
+from ..layers.conv import KWConv
 from ..layers.loading import describe_keys
-from .candidates import KW_LAYERS
 from .surgery import all_paths
 
 MAX_NAMES = 20  # of keys in a message
@@ -39,7 +47,7 @@ def start_from_state_dict_(module: nn.Module, state_dict: Mapping[str, Tensor]) 
         raise ValueError(f'module must hold KW layers, got {type(module).__name__} without any')
     shapes = static_shapes(module)
     optional = {key for key in shapes if key.endswith('num_batches_tracked')} | {
-        f'{name}.{key}' for layer, names in layers.items() if layer.origin
+        f'{name}.{key}' for layer, names in layers.items() if layer.origin is not None
         for key in layer.origin.optional() for name in names}
     check_keys(shapes, {k: tuple(v.shape) for k, v in state_dict.items()}, optional)
     fitted = {key: tensor.reshape(shapes[key]) for key, tensor in state_dict.items()}
@@ -54,7 +62,7 @@ def start_from_state_dict_(module: nn.Module, state_dict: Mapping[str, Tensor]) 
     return _with_paths(report, layers)
 
 
-def _static_tensors(layer: nn.Module, name: str,
+def _static_tensors(layer: KWConv, name: str,
                     state_dict: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     """The weight and bias with which the static layer at a path convolves."""
     if layer.origin is None:
@@ -66,7 +74,7 @@ def _static_tensors(layer: nn.Module, name: str,
 
 
 def _with_paths(report: StartReport,
-                layers: Mapping[nn.Module, Sequence[str]]) -> StartReport:
+                layers: Mapping[KWConv, Sequence[str]]) -> StartReport:
     """Names layers by their paths in the whole module, not in the one their manager belongs to."""
     paths: dict[nn.Module, dict[int, list[str]]] = {}
     for layer, names in layers.items():
@@ -77,17 +85,18 @@ def _with_paths(report: StartReport,
                              in zip(report.warehouses, labels)))
 
 
-def find_kw_layers(module: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
+def find_kw_layers(module: nn.Module) -> dict[KWConv, tuple[str, ...]]:
     """The KW convolutions inside a module, with the paths that their static layers had.
 
     That of a linear layer, its child ``conv``, goes by the linear layer's path.
     """
-    layers, inner = {}, set()
+    layers: dict[KWConv, tuple[str, ...]] = {}
+    inner = set()
     for layer, names in all_paths(module).items():
         if isinstance(layer, KWLinear):
             inner.add(layer.conv)
             layers[layer.conv] = names
-        elif isinstance(layer, KW_LAYERS) and layer not in inner:
+        elif isinstance(layer, (KWConv1d, KWConv2d, KWConv3d)) and layer not in inner:
             layers[layer] = names
     return layers
 
@@ -98,7 +107,7 @@ def static_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     prefixes = tuple(f'{name}.' for names in layers.values() for name in names) + tuple(
         f'{name}.' for owner, names in all_paths(module).items()
         if isinstance(owner, WarehouseManager) for name in names)
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for layer, names in layers.items():
         own = layer.origin.shapes() if layer.origin else dict(
             weight=layer.plan.spec.weight_shape,
@@ -110,7 +119,7 @@ def static_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def check_keys(expected: Mapping[str, Sequence[int]], given: Mapping[str, Sequence[int]],
-               optional: set[str] = frozenset()) -> None:
+               optional: Collection[str] = ()) -> None:
     """Compares the keys and shapes of a state dict with those that it should have.
 
     Raises:

@@ -19,7 +19,7 @@ def swap_(root: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     for parent in list(root.modules()):
         # Not named_children, which passes over the second place of a shared child.
         for name, child in list(parent._modules.items()):
-            if child in replacements:
+            if child is not None and child in replacements:
                 setattr(parent, name, replacements[child])
 
 

@@ -31,7 +31,7 @@ def encode_instance(instance: ShapeInstance) -> dict[str, Any]:
     x, y = int(columns[0]), int(rows[0])
     width, height = int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y
 
-    segmentation = None
+    segmentation: list | dict | None = None
     if not instance.iscrowd:
         segmentation = mask_to_polygons(mask[y:y + height, x:x + width], (x, y))
     if segmentation is None:

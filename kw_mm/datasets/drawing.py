@@ -104,7 +104,7 @@ def draw_scene(seed: int, split: str, index: int,
     sigma = rng.uniform(0.3, 0.8)
     image = cv2.GaussianBlur(image, (3, 3), sigma)
     # Of brightness alone, which a camera's mostly is.
-    noise = rng.standard_normal((height, width, 1), dtype=np.float32)
+    noise: np.ndarray = rng.standard_normal((height, width, 1), dtype=np.float32)
     noise *= np.float32(rng.uniform(1, 8))
     image += noise
     return np.clip(image, 0, 255, out=image).astype(np.uint8), scene.instances()
@@ -137,7 +137,7 @@ def check_size(size: int | Sequence[int]) -> tuple[int, int]:
             raise ValueError(f'size must be an integer or (width, height), got {size!r}')
         return check_int('width of size', size[0], MIN_SIDE), check_int(
             'height of size', size[1], MIN_SIDE)
-    side = check_int('size', size, MIN_SIDE)
+    side = check_int('size', size, MIN_SIDE)  # type: ignore[arg-type]  # which it checks
     return side, side
 
 
@@ -148,7 +148,7 @@ class _Scene:
         self.image = image
         # Number of the instance that shows; 0 is the background, which takes the first place
         # in the lists below too.
-        self.owner = np.zeros(image.shape[:2], np.uint8)
+        self.owner: np.ndarray = np.zeros(image.shape[:2], np.uint8)
         self.labels, self.crowds = [-1], [False]
         # Pixels of each instance when it was drawn, and those that still show.
         self.areas = np.zeros(1, np.int64)
@@ -189,7 +189,8 @@ class _Scene:
 
 def _add_objects(rng: np.random.Generator, scene: _Scene) -> None:
     num = int(rng.integers(NUM_OBJECTS[0], NUM_OBJECTS[1] + 1))
-    short = min(scene.owner.shape)
+    height, width = scene.owner.shape
+    short = min(height, width)
     ranges = np.array(DIAMETERS)[rng.choice(len(DIAMETERS), num, p=DIAMETER_SHARES)]
     diameters = rng.uniform(ranges[:, 0], ranges[:, 1]) * short / 128
     diameters = np.maximum(diameters, MIN_DIAMETER)
@@ -199,10 +200,10 @@ def _add_objects(rng: np.random.Generator, scene: _Scene) -> None:
         label = int(rng.integers(len(SHAPE_CLASSES)))
         # Thirty places are enough in practice; a full image then has one object less.
         for _ in range(30):
-            window, mask = _place(rng, label, diameter, scene.owner.shape, inset=0.35)
-            if window is not None and scene.leaves_enough(window, mask):
+            placed = _place(rng, label, diameter, (height, width), inset=0.35)
+            if placed is not None and scene.leaves_enough(*placed):
                 scene.new_instance(label)
-                scene.draw(rng, window, mask)
+                scene.draw(rng, *placed)
                 break
 
 
@@ -216,9 +217,9 @@ def _add_crowd(rng: np.random.Generator, scene: _Scene) -> None:
     for _ in range(int(rng.integers(8, 15))):
         diameter = max(rng.uniform(6, 9) * short / 128, 6)
         member = np.clip(rng.normal(centre, spread), 3, np.array([width, height]) - 4)
-        window, mask = _place(rng, label, diameter, (height, width), centre=member)
-        if window is not None:
-            scene.draw(rng, window, mask)
+        placed = _place(rng, label, diameter, (height, width), centre=member)
+        if placed is not None:
+            scene.draw(rng, *placed)
 
 
 def _place(
@@ -228,7 +229,7 @@ def _place(
     shape: tuple[int, int],
     inset: float = 0,
     centre: np.ndarray | None = None
-) -> tuple[tuple[slice, slice], np.ndarray] | tuple[None, None]:
+) -> tuple[tuple[slice, slice], np.ndarray] | None:
     """A turned shape somewhere in the frame: its window there, and its mask in that window.
 
     Args:
@@ -240,7 +241,7 @@ def _place(
         centre: Given centre (x, y), in pixels; drawn at random otherwise.
 
     Returns:
-        Window and mask, or ``(None, None)`` if too little of the shape is in the frame.
+        Window and mask, or None if too little of the shape is in the frame.
     """
     height, width = shape
     angle = rng.uniform(-MAX_TURN, MAX_TURN)
@@ -265,5 +266,5 @@ def _place(
     columns = slice(max(left, 0), min(left + side, width))
     inside = mask[rows.start - top:rows.stop - top, columns.start - left:columns.stop - left]
     if inside.sum() < max(MIN_IN_FRAME * mask.sum(), 1):
-        return None, None
+        return None
     return (rows, columns), inside

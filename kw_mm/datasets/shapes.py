@@ -142,7 +142,8 @@ def describe_shapes(files: ShapesFiles) -> str:
 def _write_split(files: ShapesFiles, split: str, num: int, parameters: dict[str, Any],
                  bar: Any) -> None:
     width, height = parameters['size']
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for index in range(num):
         image, instances = draw_scene(parameters['seed'], split, index, (width, height))
         name = _file_name(index, '.jpg')

@@ -70,7 +70,7 @@ def paint(rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray) -> Non
     # Plain, slope, grain or pattern.
     texture = rng.choice(4, p=(0.6, 0.2, 0.1, 0.1))
     if texture == 0:
-        value = np.zeros((height, width), np.float32)
+        value: np.ndarray = np.zeros((height, width), np.float32)
     elif texture == 1:
         value = _slope(rng, width, height)
     elif texture == 2:

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..config_types import type_name
 from ..layers import Attention, KWConv1d, KWConv2d, KWConv3d, WarehouseManager
+from ..layers.conv import KWConv
 from ..ops import operators
 
 SIZE_DIVISOR = 32  # to which detectors pad their images
@@ -80,7 +81,7 @@ def measure_module(module: nn.Module, x: Tensor, run: Callable[..., Any] = nn.Mo
         ValueError: If a part was not called, or there is nothing to compute in it.
     """
     root = _Counted(module.eval(), run)
-    counter = FlopCounterMode(display=False, depth=None)
+    counter = FlopCounterMode(display=False, depth=None)  # type: ignore[arg-type]  # all levels
     with torch.no_grad(), counter:
         root(x)
     # torch counts a multiply-add as two.
@@ -118,7 +119,7 @@ def _complexity(module: nn.Module, part: str,
         assembly_flops=assembly)
 
 
-def _attention_flops(layer: nn.Module) -> int:
+def _attention_flops(layer: KWConv) -> int:
     """Of one sample."""
     plan, num_cells = layer.plan, layer.plan.num_cells
     columns, through_basis = num_cells + 1, 0
@@ -193,7 +194,7 @@ class _ZeroProducts(TorchDispatchMode):
         return torch.zeros_like(func(*shapes, **(kwargs or {})), device='cpu')
 
 
-def _run(model: nn.Module, image: Tensor) -> None:
+def _run(model: Any, image: Tensor) -> None:
     """Runs a detector or segmentor in a way that hangs on no value, where it has one."""
     if all(hasattr(model, name) for name in ('rpn_head', 'roi_head')):
         features = model.extract_feat(image)

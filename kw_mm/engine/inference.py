@@ -176,7 +176,7 @@ def find_images(paths: Sequence[str]) -> list[str]:
         FileNotFoundError: If a path does not exist.
         ValueError: If a folder has no image in it.
     """
-    images = []
+    images: list[str] = []
     for path in map(Path, paths):
         if not path.exists():
             raise FileNotFoundError(f'image {str(path)!r} does not exist')

@@ -36,7 +36,7 @@ class Moment(NamedTuple):
 
     stage: str
     file: str
-    count: int
+    number: int
 
 
 @dataclass
@@ -88,7 +88,7 @@ def run_campaign(train: Callable[[str], None], folder: str, kills: int, seed: in
     whole = find_whole_checkpoint(str(root / 'whole')).path
     if status != 0 or whole is None:
         raise RuntimeError(f'the run that was left alone failed; see {root / "whole.log"}')
-    expected = check_checkpoint(whole)
+    expected: Any = check_checkpoint(whole)
     groups: dict[tuple[str, str], int] = {}
     for stage, file, count in json.loads((root / 'moments.json').read_text()):
         groups[stage, file] = max(count, groups.get((stage, file), 0))
@@ -128,7 +128,8 @@ def _judge(outcome: Outcome, work_dir: Path, status: int, expected: dict,
     outcome.survivors += 1
     leftovers = [str(path) for path in work_dir.glob('.*')]
     outcome.left += leftovers
-    differing = differences(expected, check_checkpoint(found))
+    survivor: Any = check_checkpoint(found)
+    differing = differences(expected, survivor)
     if differing:
         outcome.different.append(str(work_dir))
         report(f'{work_dir.name}: DIFFERENT: {", ".join(differing[:5])}')
@@ -193,7 +194,7 @@ def _run(train: Callable[[str], None], work_dir: Path, delay: float | None = Non
         pid, status = os.waitpid(child, os.WNOHANG if end else 0)
         if pid:
             return os.waitstatus_to_exitcode(status)
-        if time.monotonic() >= end:
+        if end is not None and time.monotonic() >= end:
             os.killpg(child, signal.SIGKILL)
             end = None
         else:
@@ -211,7 +212,7 @@ class _Watch:
         self.is_on = True
         self.file = ''  # that is being written
         self.open, replace, fsync = builtins.open, os.replace, os.fsync
-        builtins.open = self.watched_open
+        builtins.open = self.watched_open  # type: ignore[assignment]
         os.replace = self.around(replace, 'naming', 'named', 1)
         os.fsync = self.around(fsync, 'syncing', 'synced')
         os.unlink = self.around(os.unlink, 'removing', 'removed', 0)

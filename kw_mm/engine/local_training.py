@@ -33,7 +33,8 @@ def find_trained(work_dir: str, epochs: int) -> str | None:
     found = find_whole_checkpoint(work_dir).path
     if found is None:
         return None
-    return found if check_checkpoint(found)['meta']['epoch'] >= epochs else None
+    checkpoint: Any = check_checkpoint(found)
+    return found if checkpoint['meta']['epoch'] >= epochs else None
 
 
 def train_locally(tool: Path, config: str, work_dir: str, changes: Mapping[str, Any]) -> str:
@@ -60,7 +61,9 @@ def train_locally(tool: Path, config: str, work_dir: str, changes: Mapping[str, 
          '--work-dir', work_dir, '--resume', '--cfg-options',
          *(f'{name}={value}' for name, value in changes.items())],
         check=True, env={**ENVIRONMENT, **os.environ})
-    return find_whole_checkpoint(work_dir).path
+    found = find_whole_checkpoint(work_dir).path
+    assert found is not None, 'training has ended, and ends with a checkpoint'
+    return found
 
 
 def use_shapes(folder: str, config: str) -> dict[str, str]:

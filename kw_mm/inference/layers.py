@@ -1,14 +1,14 @@
 """KW convolutions as inference has them: no temperature, no norms, nothing left to learn."""
 from __future__ import annotations
 
-from typing import NamedTuple, Union
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import Attention, KWConv1d, KWConv2d, KWConv3d
-from ..layers.conv import convolve
+from ..layers import Attention
+from ..layers.conv import KWConv, convolve
 from ..layers.warehouse import CellUser
 from ..ops import (
     assemble_kernel,
@@ -20,8 +20,6 @@ from ..ops import (
 )
 from ..ops.autocast import product_dtype, widest_dtype
 
-KWConv = Union[KWConv1d, KWConv2d, KWConv3d]
-
 
 class Affine(NamedTuple):
     """``y * scale + shift`` for each output channel, ``(out,)`` each."""
@@ -30,7 +28,7 @@ class Affine(NamedTuple):
     shift: Tensor
 
 
-def fold_norm(norm: nn.Module) -> Affine:
+def fold_norm(norm: Any) -> Affine:
     """What a batch norm does to its input in evaluation."""
     device = norm.running_var.device
     factory = dict(device=device, dtype=widest_dtype(device))
@@ -47,8 +45,15 @@ class OptimizedAttention(nn.Module):
         attention: The attention it computes. Its linear layers are plain ones (``is_plain``).
     """
 
+    weight: Tensor
+    bias: Tensor | None
+    beta: Tensor
+    tau: Tensor
+
     def __init__(self, attention: Attention) -> None:
         super().__init__()
+        weight: Tensor
+        bias: Tensor | None
         weight, bias = attention.fc1.weight, attention.fc1.bias
         self.norm = None
         if isinstance(attention.norm1, nn.LayerNorm):
@@ -79,7 +84,7 @@ class OptimizedAttention(nn.Module):
         h = F.linear(mean_positions(x), self.weight, self.bias)
         return F.relu(h if self.norm is None else self.norm(h))
 
-    logits = Attention.logits
+    logits: Any = Attention.logits  # of the parts that it has as well
 
     def forward(self, x: Tensor) -> Tensor:
         """Mixing weights ``(N, m, n)`` of an input ``(N, C, *spatial)``."""
@@ -105,6 +110,12 @@ class OptimizedConv(CellUser):
     transposed = False  # read by mmcv.cnn.ConvModule
     has_fixed_temperature = True  # read by set_temperature
 
+    kernel_size: tuple[int, ...]
+    attention: OptimizedAttention
+    bases: Tensor | None
+    bias: Tensor | None
+    scale: Tensor | None
+
     def __init__(self, conv: KWConv, affine: Affine | None = None, use_bases: bool = False,
                  storage_dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -115,7 +126,8 @@ class OptimizedConv(CellUser):
         self._use_manager(conv.manager, 'warehouse_manager' in conv._modules)
         self.attention = OptimizedAttention(conv.attention)
         dtype = conv.cells.dtype
-        bias, scale = conv.bias, None
+        bias: Tensor | None = conv.bias
+        scale: Tensor | None = None
         if affine is not None:
             scale, shift = affine
             bias = (shift if bias is None else shift + bias * scale).to(dtype)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -38,7 +39,7 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _neighbours(parent: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+def _neighbours(parent: Any) -> Iterator[tuple[nn.Module, nn.Module]]:
     if hasattr(parent, 'conv_norm_pairs'):
         yield from parent.conv_norm_pairs()
     elif type(parent).forward is nn.Sequential.forward:

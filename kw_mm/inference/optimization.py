@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -128,20 +129,23 @@ def optimize_for_inference_(module: nn.Module, memory_budget: int | None = None,
         {name: conv.plan for name, conv in convs.items() if not conv.attention.is_tied},
         {name: (storage_dtype or conv.cells.dtype).itemsize for name, conv in convs.items()},
         budget)
-    replacements, layers = {}, []
+    replacements: dict[nn.Module, nn.Module] = {}
+    layers = []
     for name, conv in convs.items():
         norm = norms.get(conv)
-        optimized = OptimizedConv(conv, norm and fold_norm(norm), name in with_bases,
-                                  storage_dtype)
+        optimized = OptimizedConv(conv, None if norm is None else fold_norm(norm),
+                                  name in with_bases, storage_dtype)
         replacements[conv] = optimized
         layers.append(OptimizedLayer(name, conv.plan.num_cells, optimized.num_bases,
                                      optimized.num_bytes, norm is not None))
-    for conv, norm in norms.items():
-        if conv in replacements:
-            replacements[norm] = nn.Identity().eval()
-        elif type(conv) in STATIC_CONVS:
-            replacements[conv] = fuse_conv_bn_eval(conv, norm)
-            replacements[norm] = nn.Identity().eval()
+    before: Any
+    behind: Any
+    for before, behind in norms.items():
+        if before in replacements:
+            replacements[behind] = nn.Identity().eval()
+        elif type(before) in STATIC_CONVS:
+            replacements[before] = fuse_conv_bn_eval(before, behind)
+            replacements[behind] = nn.Identity().eval()
     num_folded = sum(isinstance(new, nn.Identity) for new in replacements.values())
     swap_(module, replacements)
     _store_cells_(module, storage_dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 import warnings
 from numbers import Real
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,9 @@ class AttentionBatchNorm(nn.BatchNorm1d):
     1 for ever. ``settle`` has it take them from the batches that come first.
     """
 
+    running_mean: Tensor  # which this norm always has
+    running_var: Tensor
+    num_batches_tracked: Tensor
     settling = False
 
     def settle(self) -> None:
@@ -98,6 +102,9 @@ class Attention(nn.Module):
 
     beta: Tensor
     tau: Tensor
+    fc3: nn.Linear | None
+    basis_bias: Any  # a parameter, with fc3, or None
+    basis_split: tuple[int, int, int] | None
 
     def __init__(self, plan: LayerPlan, device=None, dtype=None) -> None:
         super().__init__()
@@ -118,6 +125,7 @@ class Attention(nn.Module):
         else:
             self.fc2 = nn.Linear(plan.hidden, m * (n + 1), **factory)
             self.basis_split = self.fc3 = self.basis_bias = None
+        part: Any
         for part in self.children():
             part.is_part_of_kw_layer = True  # read by kw_mm.compat
         self.assignment = own
@@ -186,7 +194,8 @@ class Attention(nn.Module):
         return order_logits(own, self.fc3(basis), zero, self.basis_bias, self.first_cell)
 
     def _apply(self, fn, recurse: bool = True):
-        beta, tau = self.beta, self._buffers.pop('tau')
+        beta = self.beta
+        tau: Any = self._buffers.pop('tau')
         try:
             super()._apply(fn, recurse)
             moved = tau if self.beta.device.type == 'mps' else fn(tau)

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Union
 
 import torch
 import torch.fx
@@ -28,7 +28,7 @@ NO_WEIGHT = (
     'weight needs a static layer here')
 
 
-def convolve(layer: nn.Module, x: Tensor, make_kernel: Callable[[Tensor], Tensor]) -> Tensor:
+def convolve(layer: Any, x: Tensor, make_kernel: Callable[[Tensor], Tensor]) -> Tensor:
     """Convolves ``x`` as the geometry of a layer says, each sample with its own kernel.
 
     Args:
@@ -66,22 +66,24 @@ def record_call(layer: nn.Module, x: torch.fx.Proxy) -> torch.fx.Proxy:
     Raises:
         ValueError: If the layer is itself what is traced, for a graph cannot call itself.
     """
-    path = x.tracer.path_of_module(layer)
+    tracer: Any = x.tracer  # torch.fx.Tracer, which knows modules
+    path = tracer.path_of_module(layer)
     if not path:
         raise ValueError(f'torch.fx traces modules that contain KW layers, not a '
                          f'{type(layer).__name__} by itself; put it into an nn.Sequential')
+    module: Any
     for module in layer.modules():
         manager = getattr(module, 'manager', None)
         if manager is None or 'warehouse_manager' in module._modules:
             continue
         try:
-            owner = x.tracer.path_of_module(manager)
+            owner = tracer.path_of_module(manager)
         except NameError:
             continue  # beside what is traced
-        cells = x.tracer.create_proxy(
+        cells = tracer.create_proxy(
             'get_attr', f'{owner}.weights.{module.plan.warehouse}', (), {})
-        x = x.tracer.create_proxy('call_function', beside, (x, cells), {})
-    return x.tracer.create_proxy('call_module', path, (x,), {})
+        x = tracer.create_proxy('call_function', beside, (x, cells), {})
+    return tracer.create_proxy('call_module', path, (x,), {})
 
 
 def beside(x: Tensor, cells: Tensor) -> Tensor:
@@ -124,7 +126,7 @@ class _KWConvNd(CellUser):
     transposed = False  # read by mmcv.cnn.ConvModule, as output_padding is
     is_init = False  # read by mmengine before it calls init_weights
     # What a static layer of another type, in whose place it is, stores; kw_mm.convert sets it.
-    origin = None
+    origin: Any = None
 
     @checks_arguments
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int | Sequence[int],
@@ -171,7 +173,7 @@ class _KWConvNd(CellUser):
         super().__setattr__(name, value)
 
     @classmethod
-    def from_conv(cls, conv: nn.Module,
+    def from_conv(cls, conv: Any,
                   kw_cfg: WarehouseConfig | Mapping[str, Any] | None = None) -> _KWConvNd:
         """A KW convolution with a private warehouse that starts as a static one.
 
@@ -186,15 +188,16 @@ class _KWConvNd(CellUser):
             TypeError: If ``conv`` is anything else, a subclass included, for that may compute
                 something else.
         """
-        if type(conv) is not cls.static_type:
+        kind = type(conv)
+        if kind is not cls.static_type:
             raise TypeError(f'conv must be an nn.{cls.static_type.__name__}, got '
-                            f'{type(conv).__name__}')
+                            f'{kind.__name__}')
         layer = cls.like(conv, kw_cfg)
         start_from_static_([(layer, conv.weight, conv.bias)])
         return layer
 
     @classmethod
-    def like(cls, conv: nn.Module, kw_cfg: WarehouseConfig | Mapping[str, Any] | None = None, *,
+    def like(cls, conv: Any, kw_cfg: WarehouseConfig | Mapping[str, Any] | None = None, *,
              manager: WarehouseManager | None = None, name: str = '') -> _KWConvNd:
         """A new layer of a static one's geometry, device, dtype and mode, with random weights.
 
@@ -212,7 +215,7 @@ class _KWConvNd(CellUser):
                     weight.device, weight.dtype, kw_cfg, manager=manager, name=name)
         layer.train(conv.training)
         layer.requires_grad_(weight.requires_grad)
-        if bias is not None:
+        if layer.bias is not None:
             layer.bias.requires_grad_(bias.requires_grad)
         return layer
 
@@ -322,3 +325,6 @@ class KWConv3d(_KWConvNd):
 
     num_dims = 3
     static_type = nn.Conv3d
+
+
+KWConv = Union[KWConv1d, KWConv2d, KWConv3d]

@@ -77,7 +77,7 @@ class KWLinear(nn.Module):
         return layer
 
     @classmethod
-    def like(cls, linear: nn.Module, kw_cfg: WarehouseConfig | Mapping[str, Any] | None = None, *,
+    def like(cls, linear: Any, kw_cfg: WarehouseConfig | Mapping[str, Any] | None = None, *,
              manager: WarehouseManager | None = None, name: str = '') -> KWLinear:
         """A new layer of a static one's geometry; see ``KWConv2d.like``."""
         weight, bias = linear.weight, linear.bias
@@ -85,7 +85,7 @@ class KWLinear(nn.Module):
                     weight.dtype, kw_cfg, manager=manager, name=name)
         layer.train(linear.training)
         layer.requires_grad_(weight.requires_grad)
-        if bias is not None:
+        if layer.conv.bias is not None:
             layer.conv.bias.requires_grad_(bias.requires_grad)
         return layer
 

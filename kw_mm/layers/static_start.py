@@ -13,10 +13,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops import cut_kernel, mixing_weights
 from ..ops.autocast import widest_dtype
@@ -24,6 +24,10 @@ from ..ops.reference import EPS
 from ..plan import LayerPlan, Warehouse
 from ..table import format_table
 from .attention import is_plain
+
+if TYPE_CHECKING:
+    from .conv import _KWConvNd
+    from .warehouse import WarehouseManager
 
 # Logits of the cell that a mixture starts from and of the zero cell. alpha is then 1 / 1.0003,
 # which the cells make good at temperature 0; towards 1, where beta takes over, each layer is too
@@ -38,7 +42,7 @@ ZERO = 2e-4
 # its logit stays positive and well away from the kink at 0.
 MARGIN = 0.05
 
-LayerWeights = tuple[nn.Module, Tensor, Optional[Tensor]]
+LayerWeights = tuple['_KWConvNd', Tensor, Optional[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ def start_from_static_(layers: Iterable[LayerWeights]) -> StartReport:
         ValueError: If a layer of a warehouse is missing, a weight or bias has not the layer's
             shape, or fc2 of an attention was pruned, wrapped or replaced. Nothing was changed then.
     """
-    by_manager: dict[nn.Module, dict[str, LayerWeights]] = {}
+    by_manager: dict[WarehouseManager, dict[str, LayerWeights]] = {}
     for layer, weight, bias in layers:
         weight = _check_shapes(layer, weight, bias)
         _check_attention(layer)
@@ -125,7 +129,7 @@ def start_from_static_(layers: Iterable[LayerWeights]) -> StartReport:
 
 
 @torch.no_grad()
-def start_at_zero_(layer: nn.Module, bias: Tensor | None) -> None:
+def start_at_zero_(layer: _KWConvNd, bias: Tensor | None) -> None:
     """Makes the kernels of one KW convolution zero at temperature 0, whatever its cells are.
 
     All of the attention goes to the zero cell; cells are left alone, for others may share them.
@@ -145,7 +149,7 @@ def start_at_zero_(layer: nn.Module, bias: Tensor | None) -> None:
     logits = layer.cells.new_zeros(layer.plan.num_mixtures, layer.plan.num_cells + 1)
     logits[:, -1] = SELECT
     _set_logits_(layer, logits)
-    if bias is not None:
+    if layer.bias is not None and bias is not None:
         layer.bias.copy_(bias)
     layer.is_init = True
 
@@ -160,12 +164,13 @@ def _start_warehouse(index: int, warehouse: Warehouse,
     cells = members[0][0].cells
     exact = all(None not in planned.assignment.columns for planned in warehouse.layers)
     for layer, _, bias in members:
-        if bias is not None:
+        if layer.bias is not None and bias is not None:
             layer.bias.copy_(bias)
         # For mmengine, which would otherwise have the layer draw its weights anew.
         layer.is_init = True
-    report = dict(warehouse=index, layers=tuple(p.spec.name for p in warehouse.layers),
-                  num_cells=warehouse.num_cells, num_mixtures=warehouse.num_mixtures, exact=exact)
+    report: dict[str, Any] = dict(
+        warehouse=index, layers=tuple(p.spec.name for p in warehouse.layers),
+        num_cells=warehouse.num_cells, num_mixtures=warehouse.num_mixtures, exact=exact)
     if cells.is_meta:
         return WarehouseStart(**report, error=math.nan, optimum=0.0 if exact else math.nan)
     pieces = [cut_static(weight.to(cells.device, widest_dtype(cells.device)), layer.plan)
@@ -179,7 +184,7 @@ def _start_warehouse(index: int, warehouse: Warehouse,
     return WarehouseStart(**report, error=_error(members, pieces), optimum=optimum)
 
 
-def _set_exactly_(layer: nn.Module, pieces: Tensor) -> None:
+def _set_exactly_(layer: _KWConvNd, pieces: Tensor) -> None:
     columns = list(layer.plan.assignment.columns)
     rows = range(len(columns))
     logits = pieces.new_zeros(len(columns), layer.plan.num_cells + 1)
@@ -228,7 +233,7 @@ def _left_svd(rows: Tensor) -> tuple[Tensor, Tensor]:
     return left, singular
 
 
-def _set_logits_(layer: nn.Module, logits: Tensor) -> None:
+def _set_logits_(layer: _KWConvNd, logits: Tensor) -> None:
     """Makes the attention's logits ``(m, n + 1)``, whatever its input."""
     attention = layer.attention
     attention.fc2.weight.zero_()
@@ -236,7 +241,7 @@ def _set_logits_(layer: nn.Module, logits: Tensor) -> None:
     bias.copy_(logits.flatten())
 
 
-def _alpha(layer: nn.Module) -> Tensor:
+def _alpha(layer: _KWConvNd) -> Tensor:
     """The mixing weights ``(m, n)`` at temperature 0 with fc2's weights at zero, precisely."""
     attention = layer.attention
     bias = attention.fc2.bias if attention.basis_bias is None else attention.basis_bias
@@ -247,13 +252,13 @@ def _alpha(layer: nn.Module) -> Tensor:
 
 def _error(members: Sequence[LayerWeights], pieces: Sequence[Tensor]) -> float:
     cells = members[0][0].cells.to(pieces[0].dtype).flatten(1)
-    wrong = sum((_alpha(layer) @ cells - rows).square().sum()
+    wrong: Any = sum((_alpha(layer) @ cells - rows).square().sum()
                 for (layer, _, _), rows in zip(members, pieces))
-    total = sum(rows.square().sum() for rows in pieces)
+    total: Any = sum(rows.square().sum() for rows in pieces)
     return (wrong / total).sqrt().item() if total > 0 else wrong.sqrt().item()
 
 
-def _check_attention(layer: nn.Module) -> None:
+def _check_attention(layer: _KWConvNd) -> None:
     fc2 = layer.attention.fc2
     if not is_plain(fc2):
         raise ValueError(f'fc2 of {_label(layer)} must be the nn.Linear that it was built as, for '
@@ -261,12 +266,12 @@ def _check_attention(layer: nn.Module) -> None:
                          f'got {fc2}')
 
 
-def _label(layer: nn.Module) -> str:
+def _label(layer: _KWConvNd) -> str:
     name = layer.plan.spec.name
     return f'layer {name!r}' if name else 'the layer'
 
 
-def _check_shapes(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _check_shapes(layer: _KWConvNd, weight: Tensor, bias: Tensor | None) -> Tensor:
     spec = layer.plan.spec
     label = _label(layer)
     shape = spec.weight_shape
@@ -277,7 +282,7 @@ def _check_shapes(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> Tens
     return weight.reshape(shape)
 
 
-def _check_bias(layer: nn.Module, bias: Tensor | None) -> None:
+def _check_bias(layer: _KWConvNd, bias: Tensor | None) -> None:
     spec = layer.plan.spec
     if (bias is None) == spec.bias or (
             bias is not None and tuple(bias.shape) != (spec.out_channels,)):

@@ -114,7 +114,8 @@ class CellUser(nn.Module):
     @property
     def manager(self) -> WarehouseManager:
         """The owner of its cells."""
-        return self._modules.get('warehouse_manager') or self.__dict__['_manager']
+        own: Any = self._modules.get('warehouse_manager')
+        return own or self.__dict__['_manager']
 
     @property
     def cells(self) -> Tensor:

@@ -64,7 +64,7 @@ def KWConverted(module: Mapping[str, Any],
     print_log(f'{type(built).__name__} converted\n{plan}', logger='current')
     start.module = built
     # Instead of the class's method, which would draw the KW layers' weights anew.
-    built.init_weights = start
+    built.init_weights = start  # type: ignore[assignment]
     return built
 
 
@@ -81,7 +81,7 @@ class StaticStart:
     def __init__(self, cfg: Mapping[str, Any], scope: str | None) -> None:
         self.cfg = copy.deepcopy(cfg)
         self.scope = scope
-        self.module: nn.Module | None = None
+        self.module: Any = None
 
     def build(self) -> nn.Module:
         """The static module, with the weights it is constructed with."""
@@ -91,7 +91,7 @@ class StaticStart:
         if getattr(self.module, 'is_init', False):
             warn_twice(type(self.module).__name__)
             return
-        static = self.build()
+        static: Any = self.build()
         if hasattr(static, 'init_weights'):
             static.init_weights()
         report = start_from_state_dict_(self.module, static.state_dict())

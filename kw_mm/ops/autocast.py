@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_ASKS_BY_DEVICE = torch.__version__ >= (2, 4)
+_ASKS_BY_DEVICE = torch.__version__ >= '2.4'
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

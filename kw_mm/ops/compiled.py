@@ -19,6 +19,7 @@ import sysconfig
 import warnings
 from ctypes import c_char_p, c_int, c_long, c_void_p
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,7 +35,8 @@ _is_wanted = os.environ.get('KW_MM_CPU_PRODUCTS', '1') not in ('', '0')
 
 
 class _Mix(ctypes.Structure):
-    _fields_ = [(name, c_long) for name in ('num_blocks', 'num_rows', 'num_cells', 'width')] + [
+    _fields_: ClassVar[Any] = [
+        *((name, c_long) for name in ('num_blocks', 'num_rows', 'num_cells', 'width')),
         ('alpha', c_void_p), ('alpha_block', c_long), ('alpha_row', c_long),
         ('cells', c_void_p), ('cells_block', c_long), ('cells_cell', c_long),
         ('cells_are_bfloat16', c_long), ('index', c_void_p), ('scales', c_void_p),
@@ -42,7 +44,8 @@ class _Mix(ctypes.Structure):
 
 
 class _Sums(ctypes.Structure):
-    _fields_ = [(name, c_long) for name in ('num_rows', 'num_cells', 'size')] + [
+    _fields_: ClassVar[Any] = [
+        *((name, c_long) for name in ('num_rows', 'num_cells', 'size')),
         ('grads', c_void_p), ('grads_row', c_long),
         ('cells', c_void_p), ('cells_cell', c_long), ('out', c_void_p)]
 
@@ -116,7 +119,7 @@ def mix_blocks(alpha: Tensor, blocks: Tensor, out: Tensor, index: Tensor | None 
         None if scales is None else scales.data_ptr(),
         out.data_ptr(), out.stride(0), ctypes.addressof(starts))
     if out.numel():
-        _library()[1].kw_mm_mix(ctypes.byref(mix), _num_threads(out.numel() * num_cells))
+        _functions().kw_mm_mix(ctypes.byref(mix), _num_threads(out.numel() * num_cells))
 
 
 def sum_products(grads: Tensor, cells: Tensor) -> Tensor:
@@ -130,7 +133,7 @@ def sum_products(grads: Tensor, cells: Tensor) -> Tensor:
     out = torch.empty(len(grads), len(cells))
     sums = _Sums(*out.shape, grads.shape[1], grads.data_ptr(), grads.stride(0),
                  cells.data_ptr(), cells.stride(0), out.data_ptr())
-    _library()[1].kw_mm_sum_products(
+    _functions().kw_mm_sum_products(
         ctypes.byref(sums), _num_threads(out.numel() * grads.shape[1]))
     return out
 
@@ -177,6 +180,13 @@ def _library() -> tuple[str, ctypes.CDLL] | None:
         if library is not None:
             return name, library
     return None
+
+
+def _functions() -> ctypes.CDLL:
+    """The compiled functions, for a caller that knows that they are there."""
+    found = _library()
+    assert found is not None
+    return found[1]
 
 
 def load(instruction_set: str) -> ctypes.CDLL | None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,7 @@ def choose_path(x: Tensor, kernel: Tensor, stride: Sequence[int], padding: Seque
         return _none
     if is_product and not (num_samples == 1 and is_channels_last(x)):
         return _pointwise
-    if x.device.type == 'cpu' and is_plain:
+    if x.device.type == 'cpu' and groups == 1 and not isinstance(padding, str):
         positions = math.prod(_output_size(x.shape[2:], kernel_size, stride, padding, dilation))
         if x.dim() == 4 and not is_pointwise and positions <= IM2COL_POSITIONS and (
                 num_samples > 1 or not kernel.is_contiguous()):
@@ -102,7 +103,8 @@ def _one(x: Tensor, kernel: Tensor, bias: Tensor | None, channels_last: bool,
 def _pointwise(x: Tensor, kernel: Tensor, bias: Tensor | None, channels_last: bool,
                stride: Sequence[int], *_: object) -> Tensor:
     """1x1 kernels: one batched matrix product."""
-    x = x[(..., *(slice(None, None, step) for step in stride))]
+    steps: list[Any] = [slice(None, None, step) for step in stride]
+    x = x[(..., *steps)]
     return _product(kernel, x.flatten(2), bias, channels_last).unflatten(2, x.shape[2:])
 
 
@@ -111,7 +113,7 @@ def _im2col(x: Tensor, kernel: Tensor, bias: Tensor | None, channels_last: bool,
             _: int) -> Tensor:
     """2-d, no groups: one batched matrix product with what each position sees."""
     size = _output_size(x.shape[2:], kernel.shape[3:], stride, padding, dilation)
-    columns = F.unfold(x, kernel.shape[3:], dilation, padding, stride)
+    columns = F.unfold(x, kernel.shape[3:], tuple(dilation), tuple(padding), tuple(stride))
     if not kernel.is_contiguous():
         # The columns are reordered, because the kernels are larger.
         columns = columns.unflatten(1, (kernel.shape[2], -1)).transpose(1, 2).flatten(1, 2)

@@ -35,7 +35,7 @@ is_compiling = getattr(torch.compiler, 'is_compiling', None) or torch._dynamo.is
 _library = torch.library.Library('kw_mm', 'DEF')
 
 # Said of operators since 2.2: nothing in them stops a compiler.
-_tags = dict(tags=[torch.Tag.pt2_compliant_tag]) if IS_POSSIBLE else {}
+_tags: dict[str, Any] = dict(tags=[torch.Tag.pt2_compliant_tag]) if IS_POSSIBLE else {}
 
 
 def register_composite(schema: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -76,7 +76,9 @@ def register(schema: str, implementations: dict[str, ModuleType], fake: Callable
     torch.library.register_fake(f'kw_mm::{name}', fake, lib=_library)
     operator = getattr(torch.ops.kw_mm, name).default
 
-    class Recorded(torch.autograd.function._SingleLevelFunction):
+    base: Any = torch.autograd.function._SingleLevelFunction
+
+    class Recorded(base):
         """The operator in a graph of autograd, at whatever level of transforms it was called."""
 
         @staticmethod

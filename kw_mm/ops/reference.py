@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +23,9 @@ def mean_positions(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         x: The input of a layer.
         dtype: Of the result; by default that of ``x``.
     """
-    positions = list(itertools.product(*map(range, x.shape[2:])))
-    return (sum(x[(..., *position)] for position in positions) / len(positions)).to(
-        dtype or x.dtype)
+    positions: list[Any] = list(itertools.product(*map(range, x.shape[2:])))
+    total: Any = sum(x[(..., *position)] for position in positions)
+    return (total / len(positions)).to(dtype or x.dtype)
 
 
 def mixing_weights(logits: Tensor, beta: Tensor, tau: Tensor) -> Tensor:
@@ -56,7 +57,8 @@ def mixing_weights(logits: Tensor, beta: Tensor, tau: Tensor) -> Tensor:
 
 def logit_norms(logits: Tensor) -> Tensor:
     """``sum_p |z_ip| + 1e-3`` of logits ``(N, m, n + 1)``: ``(N, m)`` (method, section 3)."""
-    return sum(logits[..., p].abs() for p in range(logits.shape[-1])) + EPS
+    total: Any = sum(logits[..., p].abs() for p in range(logits.shape[-1]))
+    return total + EPS
 
 
 def basis_logits(rows: Tensor, fc3: Tensor, bias: Tensor, first_cell: int) -> Tensor:

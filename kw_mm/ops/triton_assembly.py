@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -256,7 +256,8 @@ def assemble_grad_cells(pieces: Tensor, alpha: Tensor) -> Tensor:
 def assemble_grad_alpha(pieces: Tensor, cells: Tensor) -> Tensor:
     """``operators.assemble_grad_alpha``; pieces are read where they lie."""
     shape = pieces.shape[0], math.prod(pieces.shape[1:4]), len(cells)
-    factory = dict(dtype=torch.promote_types(pieces.dtype, torch.float32), device=pieces.device)
+    factory: Any = dict(dtype=torch.promote_types(pieces.dtype, torch.float32),
+                        device=pieces.device)
     if pieces.numel() == 0:
         return torch.zeros(shape, **factory)
     layout = _Layout.of(pieces, len(cells))

@@ -48,7 +48,7 @@ class RandomStateHook(Hook):
 
     def __init__(self) -> None:
         # States of all processes at the current pause of training, None while it runs.
-        self._paused: list[dict] | None = None
+        self._paused: Any = None
         self._loaded: dict | None = None
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
@@ -145,7 +145,8 @@ class _Skipping:
 def get_random_state() -> dict[str, Any]:
     """States of python's, numpy's, torch's and the device's global generators."""
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    state: Any = np.random.get_state()
+    name, keys, position, has_gauss, cached = state
     device = _device_generator()
     return dict(
         python=(version, torch.tensor(words, dtype=torch.int64), gauss),

@@ -50,8 +50,8 @@ class KWTemperatureHook(Hook):
         for name, value in (('epochs', epochs), ('iters', iters)):
             if value is not None:
                 _check_length(name, value)
-        for name, value in (('start', start), ('end', end)):
-            _check_temperature(name, value)
+        _check_temperature('start', start)
+        _check_temperature('end', end)
         self.epochs = epochs
         self.iters = iters
         self.start = start
@@ -59,7 +59,8 @@ class KWTemperatureHook(Hook):
 
     def before_train(self, runner: Any) -> None:
         """Finds the length of the schedule and where in it a resumed run stands."""
-        self._length = self.iters or self.epochs * _iters_per_epoch(runner.train_dataloader)
+        self._length = self.iters or (self.epochs or 0) * _iters_per_epoch(
+            runner.train_dataloader)
         # What the last iteration left, so that a validation that comes first is right as well.
         if not self._set(runner, runner.iter):
             raise ValueError('KWTemperatureHook found no KW layer in the model '
@@ -116,5 +117,5 @@ def _check_length(name: str, value: Any) -> None:
 def _check_temperature(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f'{name} must be a number in [0, 1], got {value!r}')
-    if not 0 <= value <= 1:
+    if not 0 <= float(value) <= 1:
         raise ValueError(f'{name} must be a number in [0, 1], got {value!r}')

@@ -51,6 +51,8 @@ class KWBackbone(BaseModule):
     """
 
     kw_defaults: Mapping[str, Any] = {}
+    init_cfg: Any  # mmengine's, as is_init
+    is_init: bool
     # Of a static checkpoint: keys that begin so are no part of the backbone, or may be missing.
     static_extras: tuple[str, ...] = ('fc.', 'head.', 'classifier.')
     static_optional: tuple[str, ...] = ()
@@ -117,7 +119,7 @@ class KWBackbone(BaseModule):
         check_fit(self, state_dict, prefix, may_lack=self.static_optional,
                   may_have=(*self.static_extras, *self.static_optional), is_backbone=True)
 
-    def _conv(self, name: str, in_channels: int, out_channels: int, kernel_size: int,
+    def _conv(self, name: str, in_channels: int, out_channels: int, kernel_size: Any,
               **kwargs: Any) -> nn.Module:
         """The convolution at the path ``name``: dynamic where the plan has it, else static."""
         if name in self.plan.layers:
@@ -207,6 +209,7 @@ def _starts_static(cfg: Mapping[str, Any]) -> bool:
 
 def mark_initialised_(module: nn.Module) -> None:
     """Keeps mmengine from initialising what is inside, which would draw weights anew."""
+    inner: Any
     for inner in module.modules():
         if inner is not module and hasattr(inner, 'init_weights'):
             inner.is_init = True

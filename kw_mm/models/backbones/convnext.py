@@ -189,10 +189,12 @@ class KWConvNeXt(KWBackbone):
     def static_layouts(self) -> dict[str, dict[str, str]]:
         """Torchvision's and mmpretrain's names of the official layers."""
         torchvision, mmpretrain = {}, {}
-        for i, downsampling in enumerate(self.downsample_layers):
+        parts: Any = self.downsample_layers
+        for i, downsampling in enumerate(parts):
             torchvision.update({f'downsample_layers.{i}.{j}': f'features.{2 * i}.{j}'
                                 for j in range(len(downsampling))})
-        for i, stage in enumerate(self.stages):
+        stages: Any = self.stages
+        for i, stage in enumerate(stages):
             for j in range(len(stage)):
                 ours, theirs = f'stages.{i}.{j}', f'features.{2 * i + 1}.{j}'
                 torchvision.update({
@@ -268,7 +270,8 @@ def _stage_specs(stage: int, depth: int, channels: int) -> list[list[ConvSpec]]:
     def blocks() -> Iterator[list[ConvSpec]]:
         for block in range(depth):
             path = f'stages.{stage}.{block}'
-            pointwise = dict(kernel_size=(1, 1), bias=True, warehouse=f'stage{stage}.pwconv')
+            pointwise: dict[str, Any] = dict(kernel_size=(1, 1), bias=True,
+                                             warehouse=f'stage{stage}.pwconv')
             yield [ConvSpec(f'{path}.dwconv', channels, channels, (7, 7), groups=channels,
                             bias=True, warehouse=f'stage{stage}.dwconv'),
                    ConvSpec(f'{path}.pwconv1', channels, 4 * channels, **pointwise),

@@ -167,7 +167,7 @@ class KWMobileNetV2(KWBackbone):
         norm_cfg = dict(norm_cfg or dict(type='BN'))
         act_cfg = dict(act_cfg or dict(type='ReLU6'))
 
-        layers = [conv_norm_act(stem, self._block_conv, norm_cfg, act_cfg)]
+        layers: list[nn.Module] = [conv_norm_act(stem, self._block_conv, norm_cfg, act_cfg)]
         layers += [InvertedResidual(block, self._block_conv, norm_cfg, act_cfg, drop_path_rate,
                                     with_cp) for block in blocks]
         layers.append(conv_norm_act(last, self._block_conv, norm_cfg, act_cfg))
@@ -202,7 +202,8 @@ class KWMobileNetV2(KWBackbone):
                 for block in range(num_blocks)]
         for i, (row, block) in enumerate(rows, 1):
             ours, theirs = f'features.{i}.conv', f'layer{row}.{block}'
-            activated = ('expand_conv', 'depthwise_conv')[-(len(self.features[i].conv) - 2):]
+            layer_block: Any = self.features[i]
+            activated = ('expand_conv', 'depthwise_conv')[-(len(layer_block.conv) - 2):]
             for j, layer in enumerate(activated):
                 table.update({f'{ours}.{j}.0': f'{theirs}.{layer}.conv',
                               f'{ours}.{j}.1': f'{theirs}.{layer}.bn'})
@@ -236,7 +237,7 @@ def _layout(widen_factor: float, in_channels: int, strides: Sequence[int],
     """The stem, the blocks and the last layer."""
     channels = make_divisible(32 * widen_factor)
     stem = FeatureConv('features.0.0', 'stem', in_channels, channels, 2)
-    blocks = []
+    blocks: list[FeatureBlock] = []
     previous = STAGES[0]
     for (expansion, width, num_blocks, _, stage), *first in zip(ROWS, strides, dilations):
         for i in range(num_blocks):

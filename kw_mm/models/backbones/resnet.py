@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Callable, NamedTuple
 
 import torch
@@ -92,13 +93,13 @@ class BlockGeometry(NamedTuple):
     """A residual block: its place, its convolutions and its shortcut's, if that has one."""
 
     stage: int
-    index: int
+    number: int
     convs: list[BlockConv]
     shortcut: BlockConv | None
 
     @property
     def path(self) -> str:
-        return f'layer{self.stage + 1}.{self.index}'
+        return f'layer{self.stage + 1}.{self.number}'
 
 
 class KWResNet(KWBackbone):
@@ -181,8 +182,8 @@ class KWResNet(KWBackbone):
                                  f'{num_stages} stages, got {values!r}')
         check_drop_path_rate(drop_path_rate)
         stem_channels = stem_channels or base_channels
-        block_convs, depths = self.arch_settings[depth]
-        depths = depths[:num_stages]
+        block_convs, all_depths = self.arch_settings[depth]
+        depths = all_depths[:num_stages]
         if multi_grid is not None and (len(multi_grid) != depths[-1] or min(multi_grid) < 1):
             raise ValueError(f'multi_grid must hold a positive integer for each of the '
                              f'{depths[-1]} blocks of the last stage, got {multi_grid!r}')
@@ -201,7 +202,7 @@ class KWResNet(KWBackbone):
             self.add_module(f'layer{stage + 1}', nn.Sequential(*(
                 ResidualBlock(
                     block.convs,
-                    lambda conv, path=block.path: self._block_conv(f'{path}.{conv.name}', conv),
+                    partial(self._named_conv, block.path),
                     self._shortcut(block, avg_down, norm_cfg), norm_cfg, drop_path_rate, with_cp,
                     zero_init_residual)
                 for block in blocks if block.stage == stage)))
@@ -236,7 +237,7 @@ class KWResNet(KWBackbone):
         return [] if self.deep_stem else [(self.conv1, getattr(self, self._norm1))]
 
     @property
-    def static_extras(self) -> tuple[str, ...]:
+    def static_extras(self) -> tuple[str, ...]:  # type: ignore[override]
         """Classifiers, and stages beyond ``num_stages``."""
         return (*KWBackbone.static_extras,
                 *(f'layer{stage}.' for stage in range(self.num_stages + 1, 5)))
@@ -259,6 +260,9 @@ class KWResNet(KWBackbone):
             self.add_module(self._norm1, norm)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
 
+    def _named_conv(self, path: str, conv: BlockConv) -> nn.Module:
+        return self._block_conv(f'{path}.{conv.name}', conv)
+
     def _block_conv(self, name: str, conv: BlockConv) -> nn.Module:
         return self._conv(name, conv.in_channels, conv.out_channels, conv.kernel_size,
                           stride=conv.stride, padding=conv.kernel_size // 2 * conv.dilation,
@@ -269,7 +273,7 @@ class KWResNet(KWBackbone):
         conv = block.shortcut
         if conv is None:
             return None
-        layers = []
+        layers: list[nn.Module] = []
         if avg_down:
             layers.append(nn.AvgPool2d(conv.stride, conv.stride, ceil_mode=True,
                                        count_include_pad=False))
@@ -282,10 +286,10 @@ class KWResNet(KWBackbone):
         if self.frozen_stages < 0:
             return []
         stem = [self.stem] if self.deep_stem else [self.conv1, getattr(self, self._norm1)]
-        return stem + self.stages[:self.frozen_stages]
+        return [*stem, *self.stages[:self.frozen_stages]]
 
     def _idle_modules(self) -> list[nn.Module]:
-        return self.stages[self.out_indices[-1] + 1:]
+        return list(self.stages[self.out_indices[-1] + 1:])
 
 
 def _dilations(depths: Sequence[int], dilations: Sequence[int], contract: bool,
@@ -321,7 +325,7 @@ def _dynamic_convs(blocks: Sequence[BlockGeometry], avg_down: bool) -> Iterator[
             if conv is None:
                 continue
             # What decides is the block's place, not its stride, which dilation takes away.
-            handed_over = block.index == 0 and conv.name in ('conv1', 'downsample')
+            handed_over = block.number == 0 and conv.name in ('conv1', 'downsample')
             if handed_over and block.stage == 0 and (bottleneck or conv.name == 'downsample'):
                 continue  # no stage before it: static
             stage = max(block.stage - handed_over, 0)
