@@ -38,7 +38,7 @@ def _is_dict(value: Any) -> bool:
 
 
 def _are_dicts(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_dict, value))
+    return isinstance(value, (list, tuple)) and all(map(_is_dict, value))
 
 
 # The parts of annotations that are checked here; arguments with any other part check themselves.

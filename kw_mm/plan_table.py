@@ -26,7 +26,8 @@ def describe_plan(plan: WarehousePlan) -> str:
     return '\n'.join((
         format_table(('warehouse', 'cells', 'layer', 'weight', 'mixtures', 'own cells',
                       'attention'), rows, right=(4, 6)),
-        f'{len(plan.layers)} layers share {len(plan.warehouses)} warehouses: '
+        f'{_counted(len(plan.layers), "layer")} share{"s" * (len(plan.layers) == 1)} '
+        f'{_counted(len(plan.warehouses), "warehouse")}: '
         f'{plan.num_parameters:,} parameters ({plan.num_cell_parameters:,} in cells, '
         f'{plan.num_attention_parameters:,} in attention); static: '
         f'{plan.num_static_parameters:,}',
@@ -45,3 +46,7 @@ def describe_static(static: Iterable[tuple[str, str]]) -> Iterator[str]:
 
 def _times(shape: Iterable[int]) -> str:
     return 'x'.join(map(str, shape))
+
+
+def _counted(num: int, what: str) -> str:
+    return f'{num} {what}{"s" * (num != 1)}'

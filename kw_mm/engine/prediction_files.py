@@ -1,14 +1,14 @@
 """What a model predicts, as files that other programs read."""
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+
+from ..files import write_json
 
 
 class CocoPredictions:
@@ -59,12 +59,9 @@ class CocoPredictions:
 
     def write(self, path: Path) -> None:
         """Writes the file, all of it or none."""
-        text = json.dumps(dict(images=self.images, annotations=self.annotations,
-                               categories=self.categories))
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f'.{path.name}.{os.getpid()}')
-        unfinished.write_text(text)
-        unfinished.replace(path)
+        write_json(path, dict(images=self.images, annotations=self.annotations,
+                              categories=self.categories))
 
 
 def write_label_map(path: Path, labels: np.ndarray) -> None:

@@ -25,6 +25,8 @@ from .backbones.base import KWBackbone, mark_initialised_
 from .checkpoint_names import locate_checkpoint
 from .class_layers import find_class_layers
 
+logger = logging.getLogger(__name__)
+
 
 class StaticPretrained:
     """Starts a KW backbone from the weights of the static network.
@@ -202,8 +204,8 @@ def static_checkpoint_to_kw(config: Config, src: str) -> tuple[dict[str, Any], S
     if others:
         kept = {}
         layers = dict.fromkeys(key.rpartition('.')[0] for key in others)
-        print_log('The checkpoint has another number of classes: left out, and to be trained from '
-                  f'the start, are {", ".join(layers)}', logger='current', level=logging.WARNING)
+        logger.warning('The checkpoint has another number of classes: left out, and to be trained '
+                       'from the start, are %s', ', '.join(layers))
         for key in others:
             del state[key]
     return dict(meta=kept, state_dict=state), report

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import kw_mm  # noqa: F401  (lets mmengine's checkpoints be read)
-from kw_mm.engine.checkpoint import check_checkpoint, check_destination, write_checkpoint
+from kw_mm.checkpoint import check_checkpoint, check_destination, write_checkpoint
 
 
 def make_parser() -> argparse.ArgumentParser:
