@@ -65,10 +65,11 @@ def checks_arguments(function: Callable) -> Callable:
     to the function. Annotations must be strings (``from __future__ import annotations``).
     """
     signature = inspect.signature(function)
-    kinds = {name: [_KINDS.get(part) for part in parameter.annotation.split(' | ')]
-             for name, parameter in signature.parameters.items()
-             if isinstance(parameter.annotation, str)}
-    kinds = {name: found for name, found in kinds.items() if None not in found}
+    kinds = {}
+    for name, parameter in signature.parameters.items():
+        parts = str(parameter.annotation).split(' | ')
+        if all(part in _KINDS for part in parts):
+            kinds[name] = [_KINDS[part] for part in parts]
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:

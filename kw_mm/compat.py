@@ -483,7 +483,7 @@ def let_configs_inherit_ours() -> None:
         # No scope: names mean what they mean in the toolbox of the config.
         return str(found[0].resolve()), None
 
-    get_cfg_path.knows_ours = True
+    get_cfg_path.knows_ours = True  # type: ignore[attr-defined]
     Config._get_cfg_path = staticmethod(get_cfg_path)
 
 

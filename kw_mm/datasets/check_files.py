@@ -97,7 +97,9 @@ class Loading:
     """
 
     def __init__(self, pipeline: Sequence[Any], what: str) -> None:
-        self.cfg, self.transform, self.failure = None, None, ''
+        self.cfg: Any = None
+        self.transform: Any = None
+        self.failure = ''
         for cfg in pipeline:
             name = type_name(cfg)
             if name.startswith('Load') and what in name:

@@ -16,7 +16,7 @@ from .check_report import CheckedSet, Findings, counted, named, registered
 _IGNORED = 255  # the label that every loss of MMSegmentation leaves out by default
 
 
-def is_plain_segmentation(cls: type) -> bool:
+def is_plain_segmentation(cls: Any) -> bool:
     """Whether a data set is read as ``BaseSegDataset`` reads it."""
     try:
         from mmseg.datasets import BaseSegDataset
@@ -64,12 +64,12 @@ def check_maps(dataset: Any, task: CheckedSet, found: Findings) -> None:
     if load.cfg is None or not infos[0].get('seg_map_path'):
         return
     paths = [info['seg_map_path'] for info in infos]
-    missing = missing_files(paths)
-    if missing:
-        found.error(f'{where}: {counted(missing, len(paths), "label maps")} do not exist; each '
+    absent = missing_files(paths)
+    if absent:
+        found.error(f'{where}: {counted(absent, len(paths), "label maps")} do not exist; each '
                     f'is named after its image, with {dataset.seg_map_suffix!r} '
                     f'(seg_map_suffix) for {dataset.img_suffix!r} (img_suffix)')
-    gone = set(missing)
+    gone = set(absent)
     _check_labels(dataset, [info for info in infos if info['seg_map_path'] not in gone], load,
                   task, found)
 
@@ -80,7 +80,8 @@ def _check_labels(dataset: Any, infos: list[Mapping[str, Any]], load: Loading, t
     num_classes = max([len(classes), *task.num_classes.values()])
     allowed = {*range(num_classes), _IGNORED, dataset.ignore_index}
     read = spread(infos, task.sample)
-    seen, faults = set(), {}
+    seen: set[int] = set()
+    faults: dict[str, list[str]] = {}
     unknown: Counter[int] = Counter()
     reason = ''
     for info in load.each(read, task, found, 'label maps'):
