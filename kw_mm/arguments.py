@@ -50,7 +50,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     'Sequence[int]': (_are_integers, 'a tuple of integers'),
     'Mapping[str, Any]': (_is_dict, 'a dict with a type'),
     'list': (_are_dicts, 'a list of dicts with a type'),
-    'nn.Module': (lambda value: hasattr(value, 'named_modules'), 'a module'),
+    'nn.Module': (lambda value: hasattr(value, 'named_modules'), 'an nn.Module'),
     'FilterFn': (lambda value: value is None or callable(value), 'a function or None'),
     'Iterable[ConvSpec]': (lambda value: isinstance(value, Iterable), 'ConvSpecs'),
     'WarehouseManager': (lambda value: hasattr(value, 'plan'), 'a WarehouseManager'),
@@ -58,28 +58,34 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def checks_arguments(function: Callable) -> Callable:
-    """Decorates an ``__init__`` so that an argument of a wrong type is a ``TypeError`` naming it.
+def checks_arguments(*but: str) -> Callable[[Callable], Callable]:
+    """A decorator for which an argument of a wrong type is a ``TypeError`` that names it.
 
-    What would otherwise end somewhere inside, in an error about something else. Ranges are left
-    to the function. Annotations must be strings (``from __future__ import annotations``).
+    Otherwise such a call would end somewhere inside, in an error about something else. Ranges are
+    left to the function. Annotations must be strings (``from __future__ import annotations``).
+
+    Args:
+        but: Names of arguments that the function checks itself.
     """
-    signature = inspect.signature(function)
-    kinds = {}
-    for name, parameter in signature.parameters.items():
-        parts = str(parameter.annotation).split(' | ')
-        if all(part in _KINDS for part in parts):
-            kinds[name] = [_KINDS[part] for part in parts]
+    def decorate(function: Callable) -> Callable:
+        signature = inspect.signature(function)
+        kinds = {}
+        for name, parameter in signature.parameters.items():
+            parts = str(parameter.annotation).split(' | ')
+            if name not in but and all(part in _KINDS for part in parts):
+                kinds[name] = [_KINDS[part] for part in parts]
 
-    @functools.wraps(function)
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        for name, value in signature.bind(*args, **kwargs).arguments.items():
-            if name in kinds and not any(fits(value) for fits, _ in kinds[name]):
-                expected = ' or '.join(text for _, text in kinds[name])
-                raise TypeError(f'{name} must be {expected}, got {value!r}')
-        return function(*args, **kwargs)
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            for name, value in signature.bind(*args, **kwargs).arguments.items():
+                if name in kinds and not any(fits(value) for fits, _ in kinds[name]):
+                    expected = ' or '.join(text for _, text in kinds[name])
+                    raise TypeError(f'{name} must be {expected}, got {value!r}')
+            return function(*args, **kwargs)
 
-    return checked
+        return checked
+
+    return decorate
 
 
 def check_positive(**values: Any) -> None:

@@ -194,8 +194,9 @@ def _removing_last(method: Callable) -> Callable:
     """
     @functools.wraps(method)
     def save(self: CheckpointHook, *args: Any, **kwargs: Any) -> None:
-        backend = self.file_backend
-        if isinstance(backend, _RemovesLater) or not _is_local(backend):
+        # Made when a training begins, so that a validation by itself has none.
+        backend = getattr(self, 'file_backend', None)
+        if backend is None or isinstance(backend, _RemovesLater) or not _is_local(backend):
             method(self, *args, **kwargs)
             return
         self.file_backend = later = _RemovesLater(backend)

@@ -191,7 +191,7 @@ class WarehousePlan:
         return describe_static(self.static)
 
 
-@checks_arguments
+@checks_arguments()
 def plan_warehouses(layers: Iterable[ConvSpec],
                     kw_cfg: WarehouseConfig | Mapping[str, Any] | None = None,
                     own_cfgs: Mapping[Hashable, WarehouseConfig | Mapping[str, Any]] | None = None

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 MANAGER = 'warehouse_manager'
 
 
-@checks_arguments
+@checks_arguments()
 def convert_to_kw_(module: nn.Module, kw_cfg: WarehouseConfig | Mapping[str, Any] | None = None,
                    groups: Groups | None = None, filter_fn: FilterFn = None,
                    linear: bool = False) -> ConvertedPlan:
@@ -168,7 +168,7 @@ def _make(candidate: Candidate, plain: PlainConv,
     return layer, conv
 
 
-@checks_arguments
+@checks_arguments()
 def plan_conversion(module: nn.Module,
                     kw_cfg: WarehouseConfig | Mapping[str, Any] | None = None,
                     groups: Groups | None = None, filter_fn: FilterFn = None,

@@ -18,7 +18,7 @@ from ..ops import (
     mix_bases,
     mixing_weights,
 )
-from ..ops.autocast import product_dtype, widest_dtype
+from ..ops.autocast import autocast_dtype, product_dtype, widest_dtype
 
 
 class Affine(NamedTuple):
@@ -81,7 +81,7 @@ class OptimizedAttention(nn.Module):
 
     def hidden(self, x: Tensor) -> Tensor:
         """The hidden vector ``(N, hidden)`` of an input ``(N, C, *spatial)``."""
-        h = F.linear(mean_positions(x), self.weight, self.bias)
+        h = F.linear(mean_positions(x, self.weight.dtype), self.weight, self.bias)
         return F.relu(h if self.norm is None else self.norm(h))
 
     logits: Any = Attention.logits  # of the parts that it has as well
@@ -174,6 +174,14 @@ class OptimizedConv(CellUser):
         """The kernels for an input ``(N, C_in, *spatial)``: ``(N, C_out, C_in / groups, *k)``."""
         # What kernels come from may be stored in less precision.
         dtype = product_dtype(x)
+        device = x.device.type
+        if autocast_dtype(device) is None:
+            return self._kernel(x, dtype)
+        # The attention keeps its precision, as while it is trained.
+        with torch.autocast(device, enabled=False):
+            return self._kernel(x, dtype)
+
+    def _kernel(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         if self.bases is None:
             return assemble_kernel(self.attention(x), self.cells, self.plan.grid, self.kernel_size,
                                    self.scale, dtype)

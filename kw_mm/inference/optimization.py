@@ -76,7 +76,7 @@ class OptimizationReport:
 
 
 @torch.no_grad()
-@checks_arguments
+@checks_arguments('memory_budget')
 def optimize_for_inference_(module: nn.Module, memory_budget: int | None = None,
                             storage_dtype: torch.dtype | None = None) -> OptimizationReport:
     """Computes once, in place, what is the same for every image; outputs stay what they were.

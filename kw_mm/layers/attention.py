@@ -252,7 +252,7 @@ def is_plain(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear and 'weight' in layer._parameters
 
 
-@checks_arguments
+@checks_arguments('tau')
 def set_temperature(module: nn.Module, tau: float) -> int:
     """Sets the temperature of every KW layer inside a module, itself included.
 

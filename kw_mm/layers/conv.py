@@ -128,7 +128,7 @@ class _KWConvNd(CellUser):
     # What a static layer of another type, in whose place it is, stores; kw_mm.convert sets it.
     origin: Any = None
 
-    @checks_arguments
+    @checks_arguments()
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int | Sequence[int],
                  stride: int | Sequence[int] = 1, padding: int | Sequence[int] | str = 0,
                  dilation: int | Sequence[int] = 1, groups: int = 1, bias: bool = True,

@@ -36,7 +36,7 @@ class KWLinear(nn.Module):
         ValueError: If a value is out of range.
     """
 
-    @checks_arguments
+    @checks_arguments()
     def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None,
                  dtype=None, kw_cfg: WarehouseConfig | Mapping[str, Any] | None = None, *,
                  manager: WarehouseManager | None = None, name: str = '') -> None:

@@ -17,7 +17,7 @@ from .backbones.base import mark_initialised_
 from .static_weights import build_model, warn_twice
 
 
-@checks_arguments
+@checks_arguments('module')
 def KWConverted(module: Mapping[str, Any],
                 kw_cfg: WarehouseConfig | Mapping[str, Any] | None = None,
                 groups: Mapping[str, Any] | Sequence[Any] | None = None,

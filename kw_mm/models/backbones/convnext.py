@@ -122,7 +122,7 @@ class KWConvNeXt(KWBackbone):
     static_extras = (*KWBackbone.static_extras, 'norm.')
     static_optional = ('norm0.', 'norm1.', 'norm2.', 'norm3.')
 
-    @checks_arguments
+    @checks_arguments('output_stride')
     def __init__(self, arch: str | Mapping[str, Sequence[int]] = 'tiny', in_channels: int = 3,
                  drop_path_rate: float = 0.0, layer_scale_init_value: float = 1e-6,
                  out_indices: Sequence[int] = (0, 1, 2, 3), output_stride: int | None = None,

@@ -135,7 +135,7 @@ class KWMobileNetV2(KWBackbone):
         ValueError: If a value is out of range or ``kw_cfg`` holds an unknown key.
     """
 
-    @checks_arguments
+    @checks_arguments()
     def __init__(self, widen_factor: float = 1.0, in_channels: int = 3,
                  share_pointwise: bool = True, static_pointwise_stages: Sequence[int] = (),
                  strides: Sequence[int] | None = None,

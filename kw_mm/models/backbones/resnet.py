@@ -156,7 +156,7 @@ class KWResNet(KWBackbone):
         152: (bottleneck_convs, (3, 8, 36, 3)),
     }
 
-    @checks_arguments
+    @checks_arguments()
     def __init__(self, depth: int, in_channels: int = 3, stem_channels: int | None = None,
                  base_channels: int = 64, num_stages: int = 4,
                  strides: Sequence[int] = (1, 2, 2, 2), dilations: Sequence[int] = (1, 1, 1, 1),
