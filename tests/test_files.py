@@ -55,7 +55,7 @@ def write_twice(folder):
         stream.write(b'content')
 
 
-@pytest.mark.parametrize('moment', MOMENTS, ids='{0.stage} {0.count}'.format)
+@pytest.mark.parametrize('moment', MOMENTS, ids='{0.stage} {0.number}'.format)
 @pytest.mark.parametrize('before', [None, 'old'])
 def test_killed_at_any_moment(folder, moment, before):
     if before:
