@@ -90,7 +90,8 @@ def check_data_sets(args: argparse.Namespace, cfg: Config, loaders: Sequence[str
         print(f'data: {line}', flush=True)
     if found.errors:
         raise ValueError('\n'.join([
-            'the data sets cannot be used as they are (--skip-data-check starts all the same):',
+            'the data sets cannot be used as they are (docs/datasets.md says where public ones go, '
+            '--skip-data-check starts all the same):',
             *found.errors]))
 
 
