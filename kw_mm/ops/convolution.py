@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,30 @@ IM2COL_POSITIONS = 64
 # From this one on, training is faster with one grouped convolution, because convolutions of single
 # samples copy gradients. A grouped one copies channels-last feature maps.
 GROUPED_POSITIONS = 1024
+
+
+def _has_narrow_products() -> bool:
+    """Whether torch multiplies matrices with narrower instructions than it convolves with.
+
+    oneDNN, which convolves, uses AVX-512 wherever there is such; MKL, which multiplies, on Intel's
+    processors alone.
+    """
+    if not (torch.backends.cpu.get_cpu_capability() == 'AVX512'
+            and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return False
+    try:
+        with Path('/proc/cpuinfo').open() as lines:
+            return any('AuthenticAMD' in line for line in lines)
+    except OSError:
+        return False
+
+
+# There 1x1 kernels are faster as convolutions, if they are not small, and if their maps are not so
+# large that bringing them into oneDNN's order and back costs more.
+NARROW_PRODUCTS = _has_narrow_products()
+LEAST_CHANNELS = 64
+LEAST_WORK = 2**24      # multiply-adds of a sample
+MOST_OUTPUTS = 2**22    # of all samples
 
 
 def dynamic_conv(x: Tensor, kernel: Tensor, bias: Tensor | None, stride: Sequence[int],
@@ -67,7 +92,9 @@ def choose_path(x: Tensor, kernel: Tensor, stride: Sequence[int], padding: Seque
     if num_samples == 0:
         return _none
     if is_product and not (num_samples == 1 and is_channels_last(x)):
-        return _pointwise
+        if not _pays_as_convolution(x, kernel, stride):
+            return _pointwise
+        return _sample_by_sample if num_samples > 1 else _one
     if x.device.type == 'cpu' and groups == 1 and not isinstance(padding, str):
         positions = math.prod(_output_size(x.shape[2:], kernel_size, stride, padding, dilation))
         if x.dim() == 4 and not is_pointwise and positions <= IM2COL_POSITIONS and (
@@ -77,6 +104,20 @@ def choose_path(x: Tensor, kernel: Tensor, stride: Sequence[int], padding: Seque
                                 or is_channels_last(x)):
             return _sample_by_sample
     return _grouped if num_samples > 1 else _one
+
+
+def _pays_as_convolution(x: Tensor, kernel: Tensor, stride: Sequence[int]) -> bool:
+    """Whether 1x1 kernels are faster as convolutions; compilers choose themselves."""
+    if (not NARROW_PRODUCTS or x.device.type != 'cpu' or kernel.dtype != torch.float32
+            or is_channels_last(x) or dispatch.is_compiling()):
+        return False
+    num_samples, out_channels, in_channels = kernel.shape[:3]
+    positions = math.prod(-(-size // step) for size, step in zip(x.shape[2:], stride))
+    return (min(out_channels, in_channels) >= LEAST_CHANNELS
+            and out_channels * in_channels * positions >= LEAST_WORK
+            and num_samples * out_channels * positions <= MOST_OUTPUTS
+            # With fewer positions most of a gradient is that of the kernel: products are faster.
+            and (positions >= IM2COL_POSITIONS or not kernel.requires_grad))
 
 
 def _is_recorded() -> bool:

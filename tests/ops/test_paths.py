@@ -162,6 +162,51 @@ def test_pointwise_convolution(batch, stride, reordered, channels_last, padding)
           (padding, padding), (1, 1), 1)
 
 
+@pytest.mark.parametrize('batch, stride', [(1, 1), (1, 2), (3, 1), (3, 2)])
+def test_pointwise_where_products_are_narrow(batch, stride, monkeypatch):
+    monkeypatch.setattr(convolution, 'NARROW_PRODUCTS', True)
+    monkeypatch.setattr(convolution, 'LEAST_CHANNELS', 3)
+    monkeypatch.setattr(convolution, 'LEAST_WORK', 0)
+    monkeypatch.setattr(convolution, 'IM2COL_POSITIONS', 0)
+    torch.manual_seed(0)
+    single = [leaf(batch, 3, 6, 5), leaf(batch, 4, 3, 1, 1), leaf(4)]
+    single = [t.detach().float().requires_grad_() for t in single]
+    geometry = (stride, stride), (0, 0), (1, 1), 1
+    assert convolution.choose_path(*single[:2], *geometry) is (
+        convolution._sample_by_sample if batch > 1 else convolution._one)
+    double = [t.detach().double().requires_grad_() for t in single]
+    y, expected = ops.dynamic_conv(*single, *geometry), reference.dynamic_conv(*double, *geometry)
+    assert y.is_contiguous()
+    torch.testing.assert_close(y, expected.float())
+    for found, wanted in zip(torch.autograd.grad(y.sin().sum(), single),
+                             torch.autograd.grad(expected.sin().sum(), double)):
+        torch.testing.assert_close(found, wanted.float())
+
+
+@pytest.mark.parametrize('narrow', [False, True])
+def test_which_pointwise_kernels_are_convolved(narrow, monkeypatch):
+    monkeypatch.setattr(convolution, 'NARROW_PRODUCTS', narrow)
+
+    def is_convolved(batch, c_in, c_out, size, *, training=False, dtype=torch.float32, turn=False):
+        x = torch.empty(batch, c_in, size, size, dtype=dtype)
+        kernel = torch.empty(batch, c_out, c_in, 1, 1, dtype=dtype, requires_grad=training)
+        x = x.contiguous(memory_format=torch.channels_last) if turn else x
+        path = convolution.choose_path(x, kernel, (1, 1), (0, 0), (1, 1), 1)
+        return path is not convolution._pointwise
+
+    assert is_convolved(1, 256, 1024, 14) is narrow
+    assert is_convolved(8, 256, 1024, 14, training=True) is narrow
+    assert is_convolved(1, 512, 2048, 7) is narrow
+    assert not is_convolved(2, 512, 2048, 7, training=True)             # more kernel than map
+    assert not is_convolved(1, 64, 64, 56)                              # small
+    assert not is_convolved(1, 16, 96, 112)                             # few channels
+    assert not is_convolved(1, 64, 256, 200)                            # large maps
+    assert not is_convolved(1, 256, 1024, 14, dtype=torch.float64)
+    assert not is_convolved(2, 256, 1024, 14, turn=True)
+    compiled = torch.compile(is_convolved, backend='eager', fullgraph=True)
+    assert not compiled(1, 256, 1024, 14)
+
+
 @pytest.mark.parametrize('padding', ['same', 'valid'])
 @pytest.mark.parametrize('bounds', BOUNDS)
 @pytest.mark.parametrize('batch', [0, 1, 3])
