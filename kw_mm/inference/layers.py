@@ -1,4 +1,4 @@
-"""KW convolutions as inference has them: no temperature, no norms, nothing left to learn."""
+"""KW convolutions for inference, without norms, a changing temperature or trainable parameters."""
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -19,6 +19,9 @@ from ..ops import (
     mixing_weights,
 )
 from ..ops.autocast import autocast_dtype, product_dtype, widest_dtype
+
+NOT_TRAINABLE = ('what was optimized for inference cannot be trained; optimize a copy '
+                 '(copy.deepcopy) of the model and train the model')
 
 
 class Affine(NamedTuple):
@@ -66,14 +69,15 @@ class OptimizedAttention(nn.Module):
             self.register_buffer(name, tensor.detach().clone())
         for name in ('fc2', 'fc3', 'basis_bias', 'num_mixtures', 'first_cell', 'basis_split'):
             setattr(self, name, getattr(attention, name))
-        # Read once, here, where it costs no synchronisation.
+        # Read here, because reading it in each forward pass would synchronise.
         self.tied = attention.is_tied
-        # In the state dict, for nothing else says what they are.
+        # In the state dict, because they cannot be derived from anything else.
         for name in ('beta', 'tau') if self.tied else ():
             self.register_buffer(name, getattr(attention, name))
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        # mmengine would load what fits, new cells beside old bases, and log the rest.
+        # mmengine would load the keys that fit, so that cells were new and bases old, and only log
+        # the rest.
         if f'{prefix}fc1.weight' in state_dict:
             raise ValueError(f'{prefix}fc1.weight of the checkpoint is that of a layer as it is '
                              'trained; load it before optimize_for_inference_')
@@ -84,7 +88,7 @@ class OptimizedAttention(nn.Module):
         h = F.linear(mean_positions(x, self.weight.dtype), self.weight, self.bias)
         return F.relu(h if self.norm is None else self.norm(h))
 
-    logits: Any = Attention.logits  # of the parts that it has as well
+    logits: Any = Attention.logits  # parts that Attention has as well
 
     def forward(self, x: Tensor) -> Tensor:
         """Mixing weights ``(N, m, n)`` of an input ``(N, C, *spatial)``."""
@@ -95,16 +99,16 @@ class OptimizedAttention(nn.Module):
 
 
 class OptimizedConv(CellUser):
-    """A KW convolution for inference, of the same output.
+    """A KW convolution for inference, with the same output.
 
-    Its kernels come from cells, or from bases if it is given them; see ``kw_mm.ops.bases``.
+    Its kernels are mixed from cells, or from bases if it has them; see ``kw_mm.ops.bases``.
 
     Args:
-        conv: The layer it stands for, from which it takes parameters (they no longer ask for
-            gradients) and the place of its cells.
+        conv: The layer it replaces. It takes over that layer's parameters, which no longer require
+            gradients, and refers to the same cells.
         affine: A norm behind the convolution that is folded into it.
         use_bases: Whether to compute bases.
-        storage_dtype: In which to keep them; by default the cells'.
+        storage_dtype: Dtype of the bases; by default that of the cells.
     """
 
     transposed = False  # read by mmcv.cnn.ConvModule
@@ -142,7 +146,7 @@ class OptimizedConv(CellUser):
 
     @property
     def num_bases(self) -> int:
-        """Bases that kernels come from, hidden + 1; 0 where they come from cells."""
+        """Bases that kernels are mixed from, hidden + 1; 0 if they are mixed from cells."""
         return 0 if self.bases is None else self.bases.shape[1]
 
     @property
@@ -151,15 +155,13 @@ class OptimizedConv(CellUser):
         return 0 if self.bases is None else self.bases.nbytes
 
     def train(self, mode: bool = True) -> OptimizedConv:
-        """Stays in evaluation.
+        """Keeps evaluation mode.
 
         Raises:
             RuntimeError: If ``mode`` is True.
         """
         if mode:
-            raise RuntimeError('a layer that was optimized for inference cannot be trained; '
-                               'optimize a copy (copy.deepcopy) of the model and train the '
-                               'model; eval() takes back what train() has set already')
+            raise RuntimeError(NOT_TRAINABLE)
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -172,12 +174,12 @@ class OptimizedConv(CellUser):
 
     def kernel(self, x: Tensor) -> Tensor:
         """The kernels for an input ``(N, C_in, *spatial)``: ``(N, C_out, C_in / groups, *k)``."""
-        # What kernels come from may be stored in less precision.
+        # Cells and bases may be stored in a lower precision.
         dtype = product_dtype(x)
         device = x.device.type
         if autocast_dtype(device) is None:
             return self._kernel(x, dtype)
-        # The attention keeps its precision, as while it is trained.
+        # As in training, the attention computes in its own precision.
         with torch.autocast(device, enabled=False):
             return self._kernel(x, dtype)
 

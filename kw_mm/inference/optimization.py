@@ -1,6 +1,7 @@
-"""A trained module made ready for inference, in place."""
+"""Makes a trained module fast at inference, in place."""
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,17 +11,16 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..arguments import checks_arguments
 from ..convert.surgery import hidden_references, swap_
-from ..layers import KWConv1d, KWConv2d, KWConv3d
+from ..layers.conv import KW_CONVS
 from ..ops.cell_storage import reads_by_rows, store_by_rows
 from ..table import format_table
 from .budget import choose_layers
-from .layers import OptimizedConv, fold_norm
+from .layers import NOT_TRAINABLE, OptimizedConv, fold_norm
 from .norms import find_norms, has_hooks
 
-# 1.5 GiB: what reads fewer bytes than cells do in a KW-ResNet50 of budget 4.
+# 1.5 GiB: enough for all bases that read fewer bytes than cells in a KW-ResNet50 of budget 4.
 DEFAULT_BUDGET = 1536 * 2**20
 
-KW_CONVS = (KWConv1d, KWConv2d, KWConv3d)
 STATIC_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -31,8 +31,9 @@ class OptimizedLayer:
     Attributes:
         name: Its path in the module.
         num_cells: Cells of its warehouse, n.
-        num_bases: Bases that its kernels come from instead, hidden + 1, or 0.
-        num_bytes: Memory that they take.
+        num_bases: Bases that its kernels are mixed from, hidden + 1; 0 if they are mixed from
+            cells.
+        num_bytes: Memory that its bases take.
         folded: Whether the batch norm behind the layer is now part of it.
     """
 
@@ -50,8 +51,9 @@ class OptimizationReport:
     Attributes:
         layers: The KW layers.
         num_folded: Batch norms folded into the convolution before them, static ones included.
-        skipped: Names of KW layers left as they are, for they are also held beside the module
-            tree, have forward hooks, or have an attention that was pruned, quantized or wrapped.
+        skipped: Names of KW layers that were not changed, because an attribute outside the module
+            tree refers to them too, they have forward hooks, or their attention was pruned,
+            quantized or wrapped.
     """
 
     layers: tuple[OptimizedLayer, ...]
@@ -79,32 +81,35 @@ class OptimizationReport:
 @checks_arguments('memory_budget')
 def optimize_for_inference_(module: nn.Module, memory_budget: int | None = None,
                             storage_dtype: torch.dtype | None = None) -> OptimizationReport:
-    """Computes once, in place, what is the same for every image; outputs stay what they were.
+    """Computes in place, once, what is the same for every image. Outputs stay the same.
 
-    The module is set to evaluation and cannot be trained any more: optimize a copy
+    The module is set to evaluation and cannot be trained any more: ``train()``, of the module or of
+    any part with such layers in it, is a RuntimeError that changes nothing. Optimize a copy
     (``copy.deepcopy``) to keep the original. What is done, all of it exact up to rounding:
 
-    - batch norms, the attentions' and those right behind a convolution, are folded away;
-    - the temperature is fixed at its present value (0 outside training from scratch);
-    - where it pays, and tau is 0, a layer's logits are contracted with its cells to *bases*
-      (``kw_mm.ops.bases``), chosen by what they save per byte;
-    - cells that are still read on a CPU are stored in the order in which they are.
+    - batch norms of attentions, and those that directly follow a convolution, are folded away;
+    - the temperature is fixed at its current value (0 except while training from scratch);
+    - where it pays, and tau is 0, the last linear layer of the attention is multiplied with the
+      cells in advance, which gives *bases* (``kw_mm.ops.bases``); layers are chosen by the time
+      saved per byte;
+    - cells that are still used on a CPU are stored in the order in which they are read.
 
     Args:
         module: Any module with KW layers inside, in any precision.
         memory_budget: Bytes that all bases together may take, at least 0; 1.5 GiB by default.
-        storage_dtype: ``torch.bfloat16`` to keep bases and cells in half the memory, which small
-            images are spent on reading. Their mixtures are summed up in the module's own precision,
-            but outputs are no longer exact (docs/performance.md). None leaves them as they are.
+        storage_dtype: ``torch.bfloat16`` stores bases and cells in half the memory. That makes
+            small images faster, whose time goes into reading them. Sums are in the module's own
+            precision, but outputs are no longer exact (docs/performance.md). None keeps their
+            dtype.
 
     Returns:
-        What was done; prints as a table. Empty if all KW layers were optimized before.
+        A report, which prints as a table. It is empty if all KW layers were optimized before.
 
     Raises:
         TypeError: If ``memory_budget`` is not an integer.
-        ValueError: If it is negative, ``storage_dtype`` is another dtype or not narrower than the
-            cells', there is no KW layer in the module, or the module is itself one, which cannot be
-            replaced in place.
+        ValueError: If ``memory_budget`` is negative, ``storage_dtype`` is another dtype or not
+            narrower than the cells', the module has no KW layer inside, or it is itself a KW layer,
+            which cannot be replaced in place.
     """
     budget = _check_budget(memory_budget)
     if storage_dtype not in (None, torch.bfloat16):
@@ -148,13 +153,36 @@ def optimize_for_inference_(module: nn.Module, memory_budget: int | None = None,
             replacements[behind] = nn.Identity().eval()
     num_folded = sum(isinstance(new, nn.Identity) for new in replacements.values())
     swap_(module, replacements)
+    _refuse_training_(module)
     _store_cells_(module, storage_dtype)
     return OptimizationReport(tuple(layers), num_folded,
                               tuple(name for name in found if name not in convs))
 
 
+def _refuse_training_(root: nn.Module) -> None:
+    """Makes every module with optimized layers inside refuse ``train()``.
+
+    The layers refuse it themselves, but by then their parents and the layers before them would be
+    in training already, with dropout and batch statistics.
+    """
+    for module in root.modules():
+        if _holds_optimized(module) and not isinstance(module, OptimizedConv):
+            # A partial of a module's function, unlike a method, is copied and pickled with it.
+            module.train = functools.partial(_train, module)  # type: ignore[method-assign]
+
+
+def _train(module: nn.Module, mode: bool = True) -> nn.Module:
+    if mode and _holds_optimized(module):
+        raise RuntimeError(NOT_TRAINABLE)
+    return type(module).train(module, mode)
+
+
+def _holds_optimized(module: nn.Module) -> bool:
+    return any(isinstance(inner, OptimizedConv) for inner in module.modules())
+
+
 def _store_cells_(module: nn.Module, dtype: torch.dtype | None) -> None:
-    """Puts cells into the order in which they are read, and into a dtype."""
+    """Stores cells in the order in which they are read, and in ``dtype``."""
     trained = {(layer.manager, layer.plan.warehouse) for layer in module.modules()
                if isinstance(layer, KW_CONVS)}
     read = {(layer.manager, layer.plan.warehouse) for layer in module.modules()
@@ -163,7 +191,7 @@ def _store_cells_(module: nn.Module, dtype: torch.dtype | None) -> None:
         cells = manager.weights[index]
         if reads_by_rows(cells):
             cells.data = store_by_rows(cells.data)
-        # Layers that were left as they are want cells of their own precision.
+        # Layers that were not changed need cells of their own precision.
         if dtype is not None and (manager, index) not in trained:
             cells.data = cells.data.to(dtype)
 

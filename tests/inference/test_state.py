@@ -111,17 +111,29 @@ def test_nothing_in_the_layers_asks_for_a_gradient(model, kind):
     assert all(b.grad_fn is None for b in twin.buffers())
 
 
-def test_training_is_refused_and_evaluation_goes_on(model, kind, x):
+@pytest.mark.parametrize('duplicate', [lambda module: module, *copies.WAYS])
+def test_training_is_refused_before_anything_changes(model, kind, x, duplicate):
+    # The first optimized layer refused, and the modules before it were left in training.
     twin, _ = optimised_with(kind, model)
-    assert not any(m.training for m in twin.modules())
     expected = outputs(twin, x)
-    with pytest.raises(RuntimeError, match='optimized for inference cannot be trained; optimize a '
-                                           'copy'):
-        twin.train()
-    twin.eval()
-    twin.train(False)
-    assert not any(m.training for m in twin.modules())
+    twin = duplicate(twin)
+    for part in (twin, twin.backbone, twin.backbone.layer1[0], twin.neck, twin.neck[0]):
+        with pytest.raises(RuntimeError, match='optimized for inference cannot be trained; '
+                                               'optimize a copy'):
+            part.train()
+        assert not any(m.training for m in twin.modules())
     assert error(outputs(twin, x), expected) == 0
+    # Other parts are the caller's own, and evaluation is always possible.
+    assert twin.neck[2].train().training
+    assert twin.eval() is twin and not twin.neck[2].training
+    assert model.train().neck[0].training
+
+
+def test_what_takes_the_place_of_optimised_layers_can_be_trained(model, kind):
+    twin, _ = optimised_with(kind, model)
+    twin.backbone, twin.neck = nn.Identity(), nn.Sequential(nn.Conv2d(3, 4, 1))
+    twin.train()
+    assert all(m.training for m in twin.modules())
 
 
 @pytest.mark.parametrize('dtype, bound', [(torch.float32, 1e-5), (torch.bfloat16, None)])
