@@ -30,6 +30,7 @@ from mmengine.runner import checkpoint as mmengine_checkpoint
 from torch import nn
 
 from . import crash_safety, unpickling
+from .config_types import all_dicts
 from .layers import (
     KWConv1d,
     KWConv2d,
@@ -40,19 +41,17 @@ from .layers import (
 )
 from .layers.loading import CheckpointMismatch, describe_keys, is_strict, whole_load
 
-# The methods that mmengine registers with every history buffer, by the names a pickle has.
+# The methods that mmengine registers with every history buffer, by their names in a pickle.
 _STATISTICS = {name: getattr(HistoryBuffer, name)
                for name in ('min', 'max', 'current', 'mean') if hasattr(HistoryBuffer, name)}
 
-# Backends that need an accelerator of their own; all are mmengine's defaults somewhere.
+# Backends that need an accelerator. Each is mmengine's default on some device.
 _ACCELERATOR_BACKENDS = ('nccl', 'cncl', 'hccl', 'mccl')
 
 
 def apply() -> None:
-    """Makes mmengine checkpoints load, and load whole, be written whole and resumed from, makes
-    distributed CPU runs start, initialisers reach KW layers, mmcv's operators read what they are
-    given, mmengine count ours and find our configs; may run again."""
-    # mmengine and mmdet import it in a dozen places, and each says so in each process.
+    """Applies all of the changes below; may run again."""
+    # mmengine and mmdet import it in a dozen places, and each import warns in each process.
     warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
     allow_mmengine_checkpoints()
     let_mmengine_refuse_checkpoints()
@@ -67,26 +66,27 @@ def apply() -> None:
 
 
 def has_accelerator() -> bool:
-    """Tells whether mmengine will put the model on anything but the CPU."""
+    """Whether mmengine will put the model on another device than the CPU."""
     return get_device() != 'cpu'
 
 
-# Since 2.6, torch.load builds nothing but tensors and plain containers unless told otherwise.
-# mmengine's checkpoints hold the logged history too, and so could not be resumed from or tested.
+# From 2.6 on, torch.load builds nothing but tensors and plain containers unless told otherwise.
+# mmengine's checkpoints also contain the logged history, so they could not be resumed from or
+# tested.
 
 def allow_mmengine_checkpoints() -> None:
-    """Names to ``torch.load(weights_only=True)`` what mmengine puts into a checkpoint.
+    """Allows ``torch.load(weights_only=True)`` to build what mmengine puts into a checkpoint.
 
     A history buffer is pickled with its methods, which pickle spells ``getattr(HistoryBuffer,
-    'mean')``. Allowing ``getattr`` itself would let a crafted file reach ``eval``; what is
-    allowed under its name is a stand-in that knows those few methods and refuses all else.
+    'mean')``. Allowing ``getattr`` itself would let a crafted file reach ``eval``; a function that
+    knows those few methods and refuses everything else takes its name instead.
 
-    Before 2.6, names cannot be given to functions; ``kw_mm.checkpoint`` reads files there by
-    ``kw_mm.unpickling``, which is told the same names.
+    Before 2.6, torch cannot allow a function under another name; ``kw_mm.checkpoint`` then reads
+    files with ``kw_mm.unpickling``, which allows the same names.
     """
     numpy_core = np._core if hasattr(np, '_core') else np.core
     allowed: dict[str, Any] = {'builtins.getattr': _history_getattr}
-    # Files written with numpy 1 and numpy 2 name the same two functions differently.
+    # Files from numpy 1 and numpy 2 have different names for the same two functions.
     for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
         allowed[f'{module}._reconstruct'] = numpy_core.multiarray._reconstruct
         allowed[f'{module}.scalar'] = numpy_core.multiarray.scalar
@@ -108,33 +108,33 @@ def _history_getattr(obj: Any, name: str) -> Callable:
                      f'{list(_STATISTICS)} of HistoryBuffer are allowed')
 
 
-# The maintained fork's loader allows getattr itself, and what torch refuses even so it loads with
-# weights_only=False: any file runs its code.
+# The maintained fork's loader allows getattr, and files that torch still refuses it loads with
+# weights_only=False. So code in any file is run.
 
 def keep_the_fork_from_unsafe_loading() -> None:
-    """Makes the loader of onedl-mmengine that of upstream: ``torch.load``, no second try.
+    """Makes the loader of onedl-mmengine the same as upstream's: ``torch.load``, no second try.
 
-    What mmengine's checkpoints need is allowed by ``allow_mmengine_checkpoints``. Upstream has no
-    loader of its own, and there is nothing to do.
+    ``allow_mmengine_checkpoints`` allows what mmengine's checkpoints contain. Upstream has no such
+    loader; then this does nothing.
     """
     if hasattr(mmengine_checkpoint, '_safe_torch_load'):
         mmengine_checkpoint._safe_torch_load = _load_once
 
 
 def _load_once(file: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
-    # torch takes no None before 2.6, where it means the default.
+    # None means the default, but torch accepts it from 2.6 on only.
     chosen = {} if weights_only is None else dict(weights_only=weights_only)
     return torch.load(file, map_location=map_location, **chosen)
 
 
-# mmengine loads what fits and logs the rest, in a Runner as in inferencers: a model for which the
-# checkpoint has nothing at all is tested as it was initialised.
+# mmengine loads the keys that fit and only logs the others, in a Runner as in inferencers. So a
+# model whose keys are all missing from the checkpoint would be tested with its initial weights.
 
 def let_mmengine_refuse_checkpoints() -> None:
-    """Makes mmengine's ``load_state_dict`` take a state dict for all of the module it is given.
+    """Makes mmengine's ``load_state_dict`` refuse a state dict that leaves KW layers unset.
 
-    Within ``strict_loading`` it refuses every difference. Models without KW layers are loaded as
-    ever otherwise.
+    Within ``strict_loading`` it refuses every difference. Outside of it, models without KW layers
+    are loaded as before.
     """
     original = mmengine_checkpoint.load_state_dict
     if hasattr(original, 'refuses_checkpoints'):
@@ -165,7 +165,7 @@ def let_mmengine_refuse_checkpoints() -> None:
 
 
 def _without_preprocessor(state_dict: Any) -> Any:
-    """Without the means of images, which are in files of old and nowadays in the config."""
+    """The state dict without the images' mean and std: old files have them, now the config does."""
     kept = copy.copy(state_dict)
     for name in ('mean', 'std'):
         kept.pop(f'data_preprocessor.{name}', None)
@@ -173,7 +173,7 @@ def _without_preprocessor(state_dict: Any) -> Any:
 
 
 def _shortened(message: str, is_kw: bool) -> str:
-    """mmengine's list of differences, whose lines name hundreds of keys, and what to do.
+    """mmengine's list of differences with its long lines cut, and what to do about them.
 
     Args:
         message: mmengine's own.
@@ -187,7 +187,7 @@ def _shortened(message: str, is_kw: bool) -> str:
 
 
 def _left_out(module: torch.nn.Module, state_dict: Any, absent: Any) -> Iterator[str]:
-    """What a person must know of a load that went well for all KW layers it is about."""
+    """Lines on what kept its initial values in a load that was not refused."""
     own = module.state_dict()
     layers = dict.fromkeys(key.rpartition('.')[0] for key, value in state_dict.items()
                            if key in own and getattr(own[key], 'shape', None) != getattr(
@@ -200,8 +200,8 @@ def _left_out(module: torch.nn.Module, state_dict: Any, absent: Any) -> Iterator
                f'{describe_keys(6, parts=list(absent))}')
 
 
-# mmengine's launcher for torchrun calls torch.cuda.set_device whatever the backend, which fails
-# without CUDA. A process group made at import would get round that but surprise everyone else.
+# mmengine's launcher for torchrun calls torch.cuda.set_device with every backend, which fails
+# without CUDA. Creating a process group at import would avoid that, but break other programs.
 
 def patch_pytorch_launcher() -> None:
     """Lets mmengine's ``pytorch`` launcher start on machines without any accelerator.
@@ -226,9 +226,9 @@ def patch_pytorch_launcher() -> None:
     dist_utils._init_dist_pytorch = init_dist
 
 
-# A thread of gloo that lets go of a tensor while the interpreter ends aborts the process:
-# "terminate called without an active exception". The threads end with the group, and that when
-# no model holds it any more; runners are in reference cycles.
+# If a thread of gloo frees a tensor while the interpreter shuts down, the process is aborted:
+# "terminate called without an active exception". The threads end with the process group, and the
+# group ends when no model refers to it. Runners are in reference cycles, hence gc.collect().
 
 def _leave_process_group() -> None:
     if torch.distributed.is_initialized():
@@ -239,12 +239,12 @@ def _leave_process_group() -> None:
 def prepare_cpu_ddp_(cfg: Config) -> None:
     """Edits a config so that a distributed run works on CPUs; elsewhere it is left alone.
 
-    mmengine hands a device id to DistributedDataParallel, which refuses it for a model on the
-    CPU, and reverts synchronised batch norms, which exist on GPUs only, in runs of one process
-    but not in distributed ones.
+    mmengine passes a device id to DistributedDataParallel, which refuses that for a model on the
+    CPU. Synchronised batch norms exist on GPUs only; mmengine replaces them in runs of one process,
+    but not in distributed runs.
 
     Args:
-        cfg: A config whose ``launcher`` is set. A ``model_wrapper_cfg`` of its own is kept.
+        cfg: A config whose ``launcher`` is set. Its ``model_wrapper_cfg`` is kept if it has one.
     """
     if cfg.get('launcher', 'none') == 'none' or has_accelerator():
         return
@@ -257,7 +257,7 @@ def prepare_cpu_ddp_(cfg: Config) -> None:
     elif wrapper.get('type', 'MMDistributedDataParallel') == 'MMDistributedDataParallel':
         wrapper.setdefault('device_ids', None)
     reverted = 0
-    for layer in _dicts(cfg.get('model')):
+    for _, layer in all_dicts(cfg.get('model')):
         if layer.get('type') in ('SyncBN', 'MMSyncBN', torch.nn.SyncBatchNorm):
             layer['type'] = 'BN'
             reverted += 1
@@ -269,28 +269,27 @@ def prepare_cpu_ddp_(cfg: Config) -> None:
                   'statistics of each process', logger='current', level=logging.WARNING)
 
 
-# mmengine's initialisers pass over what has no weight without a word, so that a branch that
-# constant_init(conv, 0) was to start at zero would not. And by class name they find the linear
-# layers and norms inside a KW layer, whose initial values are the layer's own affair.
+# mmengine's initialisers silently skip modules without a weight, so constant_init(conv, 0) would
+# not start a KW branch at zero. They also find, by class name, the linear layers and norms inside a
+# KW layer, which initialises these itself.
 
 _INITIALISERS = ('constant_init', 'xavier_init', 'normal_init', 'trunc_normal_init',
                  'uniform_init', 'kaiming_init', 'caffe2_xavier_init')
 
 
 def let_initialisers_take_kw_layers() -> None:
-    """Makes mmengine's initialisers act on KW layers as on the static ones that they stand for.
+    """Makes mmengine's initialisers act on KW layers as on static ones.
 
-    The layer then starts as a static layer would whose weight was so initialised: exactly, or as
-    its cells allow (see ``start_from_static_``). Cells that other layers share are not touched:
-    such a layer can start at zero, but keeps its values, with a warning, where random ones were
-    to be drawn.
+    A static weight is initialised, and the layer starts from it, as exactly as its cells allow (see
+    ``start_from_static_``). Cells that several layers share are not changed: such a layer can start
+    at zero, but where random values are asked for it keeps its own, with a warning.
     """
     for name in _INITIALISERS:
         original = getattr(weight_init, name, None)
         if original is None or hasattr(original, 'takes_kw_layers'):
             continue
         replacement = _on_kw_layers(original)
-        # Other modules have imported the function by its name.
+        # Other modules have imported the function itself.
         for module in list(sys.modules.values()):
             if getattr(module, '__dict__', {}).get(name) is original:
                 setattr(module, name, replacement)
@@ -312,7 +311,7 @@ def _on_kw_layers(original: Callable) -> Callable:
 
 
 def _static_twin(layer: Any) -> nn.Module:
-    # Without values of its own, which would use up random numbers.
+    # Left empty, because drawing values would use up random numbers.
     return nn.utils.skip_init(
         layer.static_type, layer.in_channels, layer.out_channels, layer.kernel_size,
         groups=layer.groups, bias=layer.bias is not None, device=layer.cells.device,
@@ -339,8 +338,8 @@ def _start_as(layer: Any, static: Any, initialiser: str) -> None:
               f'its cells', logger='current', level=logging.WARNING)
 
 
-# mmcv's kernels are built for single, double and half precision. In a bfloat16 run detectors hand
-# them bfloat16 all the same, and fail.
+# mmcv's kernels are compiled for single, double and half precision. Detectors pass them bfloat16 in
+# a bfloat16 run, which fails.
 
 def let_mmcv_ops_take_bfloat16() -> None:
     """Makes the mmcv operators of detectors compute in single precision when given bfloat16.
@@ -361,9 +360,9 @@ def let_mmcv_ops_take_bfloat16() -> None:
 
 
 def _in_single(method: Callable) -> Callable:
-    """A method of an autograd function that is given single instead of bfloat16 tensors.
+    """Wraps a method of an autograd function so that it gets single instead of bfloat16 tensors.
 
-    What it returns is made bfloat16 again: detectors put it into tensors of that type.
+    Its results are converted back to bfloat16, because detectors write them into such tensors.
     """
     @functools.wraps(method)
     def single(ctx: Any, *args: Any) -> Any:
@@ -384,16 +383,16 @@ def _has_dtype(value: Any, dtype: torch.dtype) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype == dtype
 
 
-# mmcv's kernels read and write memory as if every tensor were contiguous, unasked: from a channels-
-# last feature map RoIAlign takes wrong numbers, from an expanded one it reads beyond the memory.
-# Some of its functions assert that tensors are contiguous instead.
+# mmcv's kernels treat the memory of every tensor as contiguous without checking. RoIAlign reads
+# wrong numbers from a channels-last feature map, and from an expanded one it reads beyond the
+# memory. Other functions of mmcv assert that tensors are contiguous.
 
 def let_mmcv_ops_take_any_strides() -> None:
-    """Hands contiguous tensors to all of mmcv's operators, whatever strides they are given.
+    """Makes all of mmcv's operators work on tensors with any strides, by copying them.
 
-    To the autograd functions, forward and backward, so that also what they make in the likeness
-    of their inputs is contiguous, and to the compiled functions, which others call as well.
-    Without mmcv's compiled operators there is nothing to do.
+    Both the autograd functions (forward and backward) and the compiled functions are wrapped. The
+    former create tensors like their inputs, which have to be contiguous too; the latter are also
+    called from elsewhere. Without mmcv's compiled operators there is nothing to do.
     """
     if find_spec('mmcv._ext') is None:
         return
@@ -402,7 +401,7 @@ def let_mmcv_ops_take_any_strides() -> None:
     for name, function in list(vars(_ext).items()):
         if callable(function) and not hasattr(function, 'takes_any_strides'):
             setattr(_ext, name, _compiled_with_contiguous(function))
-    # By name, for many a module is hidden by the function of its name.
+    # From sys.modules, because mmcv.ops.NAME is often the function and not the module of that name.
     modules = [module for name, module in sys.modules.items() if name.startswith('mmcv.ops.')]
     for function in {value for module in modules for value in vars(module).values()
                      if isinstance(value, type) and issubclass(value, torch.autograd.Function)
@@ -414,7 +413,7 @@ def let_mmcv_ops_take_any_strides() -> None:
 
 
 def _with_contiguous(method: Callable) -> Callable:
-    """A method of an autograd function that is given contiguous tensors."""
+    """Wraps a method of an autograd function so that it gets contiguous tensors."""
     @functools.wraps(method)
     def contiguous(*args: Any, **kwargs: Any) -> Any:
         return method(*map(_contiguous, args),
@@ -425,9 +424,9 @@ def _with_contiguous(method: Callable) -> Callable:
 
 
 def _compiled_with_contiguous(function: Callable) -> Callable:
-    """A compiled function that is given contiguous tensors, its results copied back.
+    """Wraps a compiled function so that it gets contiguous tensors.
 
-    Nothing tells which of the arguments it writes to; those it has changed are.
+    Nothing tells which arguments it writes to, so every copy that it has changed is copied back.
     """
     @functools.wraps(function)
     def contiguous(*args: Any, **kwargs: Any) -> Any:
@@ -455,11 +454,11 @@ def _contiguous(value: Any) -> Any:
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """What numbers are compared by, NaN with NaN."""
+    """The bytes of a tensor, by which NaN equals NaN."""
     return tensor.detach().contiguous().flatten().view(torch.uint8)
 
 
-# mmengine knows the packages of OpenMMLab by name, and no others.
+# mmengine resolves ``package::`` for OpenMMLab's own packages only.
 
 def let_configs_inherit_ours() -> None:
     """Lets configs have bases such as ``kw_mm::mask_rcnn/...py``, as they have ``mmdet::...``."""
@@ -473,25 +472,24 @@ def let_configs_inherit_ours() -> None:
         if not separator or package != 'kw_mm':
             return original(cfg_path, filename)
         root = Path(__file__).resolve().parent
-        # Beside the package in a checkout, inside of it where it was installed.
+        # Inside the package where it was installed, beside it in a checkout.
         found = [path for path in (root / '.mim' / 'configs' / name, root.parent / 'configs' / name)
                  if path.is_file()]
         if not found:
             raise FileNotFoundError(f'base {cfg_path!r} of {filename} must be a config of kw_mm, '
                                     'for instance kw_mm::mask_rcnn/'
                                     'mask-rcnn_kw1x-r50_fpn_ms-adamw-1x_coco.py')
-        # No scope: names mean what they mean in the toolbox of the config.
+        # No scope, so that names are looked up in the toolbox of the config.
         return str(found[0].resolve()), None
 
     get_cfg_path.knows_ours = True  # type: ignore[attr-defined]
     Config._get_cfg_path = staticmethod(get_cfg_path)
 
 
-# mmengine counts FLOPs in a traced graph by the names of operators, and passes over those that it
-# does not know.
+# mmengine counts the FLOPs of a traced graph by operator names and skips unknown ones.
 
 def let_mmengine_count_operators() -> None:
-    """Tells mmengine what our operators cost, one FLOP for a multiply-add as it has it."""
+    """Tells mmengine what our operators cost. A multiply-add is one FLOP, as in mmengine."""
     complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.update({
         'kw_mm::assemble': lambda inputs, _: _product(inputs[0]) * _product(inputs[1], 1),
         'kw_mm::mix_bases': lambda inputs, _: get_shape(inputs[0])[0] * _product(inputs[2]),
@@ -502,15 +500,5 @@ def let_mmengine_count_operators() -> None:
 
 
 def _product(value: Any, first: int = 0) -> int:
-    """Of the sizes of a tensor in a traced graph, from one dimension on."""
+    """The product of a tensor's sizes in a traced graph, from dimension ``first`` on."""
     return math.prod(get_shape(value)[first:])
-
-
-def _dicts(node: Any) -> Iterator[dict]:
-    """All dicts inside nested dicts, lists and tuples."""
-    if isinstance(node, dict):
-        yield node
-        node = list(node.values())
-    if isinstance(node, (list, tuple)):
-        for child in node:
-            yield from _dicts(child)

@@ -1,15 +1,32 @@
-"""What both kinds of config files have in common, those of dicts and those in pure Python."""
+"""Looks into configs, both those made of dicts and those in pure Python."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 
 def type_name(cfg: Any) -> str:
-    """The bare name of what a dict of a config builds; empty if it has no type.
+    """The bare name of the type that a config dict builds; empty if it has none.
 
-    Configs in pure Python have the class itself, others a name, perhaps with the toolbox before
-    a dot.
+    Configs in pure Python contain the class, others its name, which may begin with a toolbox and a
+    dot.
     """
     kind = cfg.get('type') if isinstance(cfg, Mapping) else None
     return '' if kind is None else getattr(kind, '__name__', str(kind)).rpartition('.')[2]
+
+
+def all_dicts(node: Any, path: str = '') -> Iterator[tuple[str, Any]]:
+    """All dicts inside nested dicts, lists and tuples, each with its path.
+
+    Args:
+        node: Where to look; if it is a dict, it comes first.
+        path: Its path.
+    """
+    items: Any = ()
+    if isinstance(node, Mapping):
+        yield path, node
+        items = list(node.items())  # callers may change the dict
+    elif isinstance(node, (list, tuple)):
+        items = enumerate(node)
+    for key, child in items:
+        yield from all_dicts(child, f'{path}.{key}' if path else str(key))

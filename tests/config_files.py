@@ -6,6 +6,8 @@ from pathlib import Path
 
 from mmengine.config import Config
 
+from kw_mm.config_types import all_dicts
+
 ROOT = Path(__file__).parents[1] / 'configs'
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob('[!_]*/*.py'))
 
@@ -32,19 +34,9 @@ def by_model(names):
     return list(models.values())
 
 
-def dicts(node):
-    """All dicts inside a config."""
-    if isinstance(node, dict):
-        yield node
-        node = list(node.values())
-    if isinstance(node, (list, tuple)):
-        for child in node:
-            yield from dicts(child)
-
-
 def without_downloads(model):
     """A model's config with no weights to fetch."""
-    for node in dicts(model):
+    for _, node in all_dicts(model):
         if 'checkpoint' in str(node.get('init_cfg')):
             node.init_cfg = None
     if 'pretrained' in model:

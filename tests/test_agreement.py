@@ -10,7 +10,7 @@ import re
 
 import pytest
 import torch
-from config_files import CONFIGS, SEG_CONFIGS, dicts, read_config, without_downloads
+from config_files import CONFIGS, SEG_CONFIGS, read_config, without_downloads
 from mmdet.structures import DetDataSample
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DefaultScope
@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kw_mm import optimize_for_inference_
+from kw_mm.config_types import all_dicts
 from kw_mm.ops import use_cpu_products
 
 BATCH = 4
@@ -44,7 +45,7 @@ def small(cfg):
     """The config of a model, about 8 times narrower, without chance and without hard decisions."""
     model = without_downloads(cfg.model)
     shrink_backbone(model.backbone)
-    for node in dicts({key: value for key, value in model.items() if key != 'backbone'}):
+    for _, node in all_dicts({key: value for key, value in model.items() if key != 'backbone'}):
         for key, value in node.items():
             # DINO's encodings of positions have the width of its authors.
             if re.search('channels' if model.type != 'DINO' else 'feedforward_channels', key):

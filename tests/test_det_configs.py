@@ -3,7 +3,7 @@ import re
 
 import pytest
 import torch
-from config_files import DET_CONFIGS, by_model, dicts, read_config, without_downloads
+from config_files import DET_CONFIGS, by_model, read_config, without_downloads
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
 from mmengine.model import revert_sync_batchnorm
@@ -12,6 +12,7 @@ from mmengine.optim.optimizer import amp_optimizer_wrapper
 from mmengine.registry import DefaultScope
 
 from kw_mm import KWConvNeXt, KWResNet
+from kw_mm.config_types import all_dicts
 
 PAPER = [name for name in DET_CONFIGS if name.startswith('mask_rcnn') and '_ms-adamw-1x_' in name]
 
@@ -22,7 +23,7 @@ FEW = dict(nms_pre=200, max_per_img=100, num_queries=100, num_dn_queries=20)
 
 def with_few_boxes(model):
     """A model's config with a tenth of the proposals, samples and queries."""
-    for node in dicts(model):
+    for _, node in all_dicts(model):
         node.update({name: few for name, few in FEW.items() if node.get(name, 0) > few})
         if node.get('type') == 'RandomSampler':
             node.num = min(node.num, 64)
@@ -40,9 +41,9 @@ def test_a_training_step_and_a_prediction(name, monkeypatch):
     monkeypatch.setattr(amp_optimizer_wrapper, 'is_cuda_available', lambda: True)
     torch.manual_seed(0)
     cfg = read_config(name)
-    num_classes = {d['num_classes'] for d in dicts(cfg.model) if 'num_classes' in d}.pop()
+    num_classes = {d['num_classes'] for _, d in all_dicts(cfg.model) if 'num_classes' in d}.pop()
     with_mask = any(re.search('Mask|RTMDetIns', d.get('type', ''))
-                    for d in dicts(cfg.model) if isinstance(d.get('type', ''), str))
+                    for _, d in all_dicts(cfg.model) if isinstance(d.get('type', ''), str))
     if 'rtmdet' in name:  # whose pipeline gives squares of one size
         sizes = [[3, 128, 128]] * 2
     elif '_amp-' in name:  # CPUs without bfloat16 instructions take minutes for more

@@ -38,7 +38,7 @@ SINGLE, DOUBLE = 1e-4, 1e-10  # relative errors
 OPTIMISED = 'bases', 'cells'
 
 
-class Subject:
+class Checked:
     """A network of its own for one check, in evaluation, and what it should compute."""
 
     def __init__(self, name: str) -> None:
@@ -362,7 +362,7 @@ def test_matrix(name, check, request):
                 if parameter in inspect.signature(check).parameters]
     refusal = REFUSED.get((check, name))
     if refusal is None:
-        check(Subject(name), *fixtures)
+        check(Checked(name), *fixtures)
     else:
         with pytest.raises(RuntimeError, match=refusal):
-            check(Subject(name), *fixtures)
+            check(Checked(name), *fixtures)

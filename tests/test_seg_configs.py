@@ -3,7 +3,7 @@ import copy
 
 import pytest
 import torch
-from config_files import SEG_CONFIGS, by_model, dicts, read_config, without_downloads
+from config_files import SEG_CONFIGS, by_model, read_config, without_downloads
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
@@ -12,6 +12,7 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
 from kw_mm import KWConvNeXt, KWMobileNetV2, KWResNet
+from kw_mm.config_types import all_dicts
 from kw_mm.datasets import draw_scene
 from kw_mm.datasets.annotations import semantic_map
 
@@ -36,7 +37,7 @@ MODEL_CONFIGS = {model_key(name): name for name in SEG_CONFIGS
 def without_data_set(model):
     """A model's config without what follows from the data set."""
     model = copy.deepcopy(model)
-    for node in dicts(model):
+    for _, node in all_dicts(model):
         node.pop('num_classes', None)
     model.data_preprocessor.pop('size', None)
     for name in ('crop_size', 'stride'):
@@ -126,7 +127,8 @@ def test_names_tell_data_set_and_schedule(name):
     assert f'xb{cfg.train_dataloader.batch_size}-' in schedule
     assert cfg.param_scheduler[-1].end == cfg.train_cfg.max_iters
     num_classes = dict(ade20k=150, cityscapes=19)[kind]
-    assert {d['num_classes'] for d in dicts(cfg.model) if 'num_classes' in d} == {num_classes}
+    assert {node['num_classes'] for _, node in all_dicts(cfg.model)
+            if 'num_classes' in node} == {num_classes}
     assert ('-amp-' in name) == (cfg.optim_wrapper.type == 'AmpOptimWrapper')
 
 

@@ -1,4 +1,4 @@
-"""Where in a network a layer is: its stage, found from the module tree alone."""
+"""Finds the stage of a layer from the module tree alone."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+MODULE_LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def find_stage(name: str, modules: Mapping[str, nn.Module]) -> str:
     """The path of the stage that a layer belongs to.
 
-    On the way from the root to the layer, the first name that ends in a digit decides:
-    ``layer1``, ``stage2`` or ``denseblock3``, if it holds two layers or more, is a stage, unless
-    it holds such stages itself (``resnet50.layer1``). Of a numbered list (``stages.0``,
-    ``lateral_convs.0``) the entry is a stage if it is made of blocks, i.e. it, or a child of it,
-    is a list with an entry of two layers or more; otherwise the whole list is. Where no name
-    decides, the stage is the layer's parent.
+    The first name on the path that ends in a digit decides. A module such as ``layer1``, ``stage2``
+    or ``denseblock3`` is a stage if it has two layers or more, unless it contains such stages
+    itself (``resnet50.layer1``). For an entry of a list (``stages.0``, ``lateral_convs.0``), the
+    entry is a stage if it consists of blocks, which means that it, or a child of it, is a list with
+    an entry of two layers or more; otherwise the whole list is the stage. If no name decides, the
+    stage is the layer's parent.
 
     Args:
         name: The layer's path.
@@ -45,4 +45,4 @@ def _is_made_of_blocks(entry: nn.Module) -> bool:
 
 
 def _lists_blocks(module: nn.Module) -> bool:
-    return isinstance(module, CONTAINERS) and any(num_layers(m) > 1 for m in module.children())
+    return isinstance(module, MODULE_LISTS) and any(num_layers(m) > 1 for m in module.children())

@@ -1,17 +1,18 @@
 """Checks the data sets of a config before a model is built for them.
 
-What is certain to end a training is an error; what may spoil one is a warning. Data sets that are
-read in a way of their own pass: a note says what was not checked.
+Faults that are certain to end a training are errors; faults that may spoil it are warnings. Data
+sets of other types pass, and a note says what was not checked.
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, DefaultScope
 
+from ..config_types import all_dicts
 from .check_coco import check_coco, is_plain_coco
 from .check_files import check_images, is_local, missing_file
 from .check_maps import check_maps, is_plain_segmentation
@@ -19,7 +20,7 @@ from .check_report import CheckedSet, Findings, registered
 
 __all__ = ['Findings', 'check_data']
 
-# What wraps a data set, by the argument that holds it.
+# Types that wrap data sets, by the argument that has them.
 _WRAPPED = ('dataset', 'datasets')
 
 
@@ -27,13 +28,13 @@ def check_data(cfg: Mapping[str, Any],
                loaders: Sequence[str] = ('train_dataloader', 'val_dataloader'),
                sample: int | None = None, max_json: int | None = None,
                progress: Any = None) -> Findings:
-    """Checks the data sets of the given loaders, and the files that their metrics read.
+    """Checks the data sets of the given loaders, and the files that metrics read.
 
     Args:
-        cfg: Of a detector or segmentor.
-        loaders: Keys of the config; those that it does not have are passed over.
-        sample: How many images, and label maps, of a data set to read at most, evenly spread;
-            None for all. That the files exist is checked for all of them.
+        cfg: Config of a detector or segmentor.
+        loaders: Keys of the config. Keys that it does not have are skipped.
+        sample: How many images, and label maps, of a data set to read at most, evenly spread; None
+            for all. Whether files exist is checked for all of them.
         max_json: Annotation files with more bytes are not read; None to read any.
         progress: Called with the number of images to read, and with None after each.
     """
@@ -55,7 +56,7 @@ def check_data(cfg: Mapping[str, Any],
 
 
 def _leaves(where: str, dataset: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The data sets inside wrappers, such as those that repeat or concatenate."""
+    """The data sets inside wrappers, e.g. those that repeat or concatenate."""
     if isinstance(dataset, (list, tuple)):
         for index, item in enumerate(dataset):
             yield from _leaves(f'{where}[{index}]', item)
@@ -76,11 +77,11 @@ def _check(cfg: Mapping[str, Any], task: CheckedSet, found: Findings) -> None:
         found.note(f'{task.where}: data sets of type {name} are not checked')
         return
     try:
-        # Without reading anything: paths are joined and classes known then.
+        # Nothing is read, but afterwards paths are joined and classes are known.
         dataset = cls(**{key: value for key, value in cfg.items()
                          if key not in ('type', '_scope_', 'pipeline', 'lazy_init')},
                       pipeline=[], lazy_init=True)
-    except Exception as error:  # whatever a data set of someone else raises
+    except Exception as error:  # data sets from elsewhere may raise anything
         found.note(f'{task.where}: the {name} is not checked, for it cannot be made without '
                    f'reading it ({type(error).__name__}: {error})')
         return
@@ -92,25 +93,16 @@ def _check(cfg: Mapping[str, Any], task: CheckedSet, found: Findings) -> None:
         check_maps(dataset, task, found)
     else:
         missing = missing_file(dataset.ann_file)
-        # A data set of someone else may understand something else by it.
+        # Other types of data sets may use this argument differently.
         if missing and cls.__module__.partition('.')[0] in ('mmdet', 'mmseg'):
             found.error(f'{task.where}: annotation file {missing}')
         found.note(f'{task.where}: what is in the files of a {name} is not checked')
 
 
-def _num_classes(model: Any, path: str = 'model') -> dict[str, int]:
-    """The numbers of classes in the config of a model, by where they stand."""
-    numbers: dict[str, int] = {}
-    items: Iterable[tuple[Any, Any]] = ()
-    if isinstance(model, Mapping):
-        items = model.items()
-        if isinstance(model.get('num_classes'), int):
-            numbers[path] = model['num_classes']
-    elif isinstance(model, (list, tuple)):
-        items = enumerate(model)
-    for key, value in items:
-        numbers.update(_num_classes(value, f'{path}.{key}'))
-    return numbers
+def _num_classes(model: Any) -> dict[str, int]:
+    """The numbers of classes in the config of a model, by their places."""
+    return {path: node['num_classes'] for path, node in all_dicts(model, 'model')
+            if isinstance(node.get('num_classes'), int)}
 
 
 def _check_metrics(cfg: Mapping[str, Any], evaluator: str, found: Findings) -> None:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Union
+from typing import Any
 
 import torch
 import torch.fx
@@ -327,4 +327,5 @@ class KWConv3d(_KWConvNd):
     static_type = nn.Conv3d
 
 
-KWConv = Union[KWConv1d, KWConv2d, KWConv3d]
+KWConv = KWConv1d | KWConv2d | KWConv3d
+KW_CONVS = (KWConv1d, KWConv2d, KWConv3d)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 # Rows of a block must have at least so many numbers to fill a register; torch does the rest.
-MIN_ROW = 16
+MIN_BLOCK_ROW = 16
 # Less work than this many multiply-adds is not worth a second thread.
 WORK_PER_THREAD = 2**16
 # The instruction sets of compiled files, by the names that torch has for them, best first.

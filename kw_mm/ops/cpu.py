@@ -77,7 +77,7 @@ def mix_bases(weights: Tensor, scales: Tensor, bases: Tensor, grid: Sequence[int
 def _pays(cells: Tensor, grid: Sequence[int]) -> bool:
     """Whether the compiled products are the faster way to mix such cells."""
     # They are faster only where mixtures come in the order in which they are written.
-    return (math.prod(cells.shape[2:]) >= compiled.MIN_ROW
+    return (math.prod(cells.shape[2:]) >= compiled.MIN_BLOCK_ROW
             and (grid[0] == 1 or has_positions_last(grid, cells.shape)))
 
 

@@ -2,8 +2,8 @@
 
     python tools/analysis_tools/check_data.py CONFIG
 
-No model is built. It ends with status 1 if it finds what would end a training. tools/train.py
-does the same at its start with a sample of the images.
+No model is built. The exit status is 1 if it finds a fault that would end a training.
+tools/train.py does the same at its start with a sample of the images.
 """
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-class Progress:
+class ImageProgress:
     """A bar on the terminal for each data set, if there is a terminal."""
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
     found = check_data(cfg, args.loaders, args.sample,
-                       progress=Progress() if sys.stderr.isatty() else None)
+                       progress=ImageProgress() if sys.stderr.isatty() else None)
     for line in found.lines():
         print(line)
     for sentence in found.errors:

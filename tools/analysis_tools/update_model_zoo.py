@@ -4,9 +4,8 @@
     python tools/analysis_tools/update_model_zoo.py --check    # fails if anything has
 
 Parameters and FLOPs are computed. Results are read from configs/*/metafile.yml and
-docs/backbones.yml, their one source, which hold what has been published and nothing else. A table
-stands between the markers `<!-- begin: model zoo -->` and `<!-- end: model zoo -->`; the text
-around it is written by hand.
+docs/backbones.yml, which contain published results only. A table is between the markers
+`<!-- begin: model zoo -->` and `<!-- end: model zoo -->`; the text around it is written by hand.
 """
 from __future__ import annotations
 
@@ -27,17 +26,18 @@ from torch import Tensor, nn
 import kw_mm  # noqa: F401  (registers everything)
 from kw_mm.engine.complexity import Complexity, input_size, measure_config, measure_module
 from kw_mm.files import replace_text
+from kw_mm.models.official.report import as_code
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = '<!-- begin: model zoo -->', '<!-- end: model zoo -->'
 
-BACKBONES = {'r18': 'ResNet18', 'r50': 'ResNet50', 'convnext-t': 'ConvNeXt-T',
-             'mobilenet-v2': 'MobileNetV2', 'r50-d8': 'ResNet50-D8',
-             'mobilenet-v2-d8': 'MobileNetV2-D8', 'swin-t-p4-w7': 'Swin-T',
-             'regnetx-3.2GF': 'RegNetX-3.2GF'}
-# What evaluators call the metrics that a metafile reports.
+BACKBONE_NAMES = {
+    'r18': 'ResNet18', 'r50': 'ResNet50', 'convnext-t': 'ConvNeXt-T', 'mobilenet-v2': 'MobileNetV2',
+    'r50-d8': 'ResNet50-D8', 'mobilenet-v2-d8': 'MobileNetV2-D8', 'swin-t-p4-w7': 'Swin-T',
+    'regnetx-3.2GF': 'RegNetX-3.2GF'}
+# Evaluators' names of the metrics, and the metafiles' names.
 METRICS = {'bbox': 'box AP', 'segm': 'mask AP', 'mIoU': 'mIoU'}
-# Folders whose configs are no entries of the zoo and need no metafile.
+# Folders whose configs are not in the zoo and need no metafile.
 REMARKS = {'demo': 'of the demo, see above',
            'custom': 'a template for your own data'}
 
@@ -53,10 +53,10 @@ def readmes(root: Path = ROOT) -> list[Path]:
 
 
 def render(path: Path) -> str:
-    """The text of a README, or of docs/backbones.md, with its table made anew.
+    """The text of a README, or of docs/backbones.md, with a new table.
 
     Raises:
-        ValueError: If it has not one table's markers.
+        ValueError: If it does not have the markers of exactly one table.
     """
     text = path.read_text(encoding='utf-8')
     for marker in (BEGIN, END):
@@ -90,7 +90,7 @@ def folder_table(folder: Path) -> str:
 
 
 def models(folder: Path) -> list[Mapping[str, Any]]:
-    """The entries of a folder's metafile; without one, its configs."""
+    """The entries of a folder's metafile, or its configs if it has none."""
     metafile = folder / 'metafile.yml'
     if metafile.exists():
         return yaml.safe_load(metafile.read_text(encoding='utf-8'))['Models']
@@ -104,28 +104,28 @@ def published(model: Mapping[str, Any]) -> dict[str, float]:
 
 
 def network(name: str) -> tuple[str, str]:
-    """Backbone and budget from a name in MMDetection's order, method_backbone_..."""
+    """Backbone and budget from a name in MMDetection's scheme, method_backbone_..."""
     backbone = name.split('_')[1]
     dynamic = re.fullmatch(r'kw(\d+(?:d\d+)?)x-(.+)', backbone)
     if dynamic:
-        return f'KW-{BACKBONES.get(dynamic[2], dynamic[2])}', dynamic[1].replace('d', '/')
-    return BACKBONES.get(backbone, backbone), 'static'
+        return f'KW-{BACKBONE_NAMES.get(dynamic[2], dynamic[2])}', dynamic[1].replace('d', '/')
+    return BACKBONE_NAMES.get(backbone, backbone), 'static'
 
 
 def evaluated(cfg: Config) -> list[str]:
-    """The keys of METRICS that a config's validation computes."""
+    """Those keys of METRICS that a config's validation computes."""
     names = [name for each in listed(cfg.val_evaluator)
              for field in ('metric', 'iou_metrics') for name in listed(each.get(field, []))]
     return [name for name in names if name in METRICS]
 
 
 def listed(value: Any) -> list[Any]:
-    """A list of what an option holds, one value or several."""
+    """A list of an option's value or values."""
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def training(cfg: Config) -> str:
-    """How a config trains: how long, and whether in mixed precision."""
+    """The length of a config's training, and whether it uses mixed precision."""
     loop = cfg.train_cfg
     number, unit = (loop.max_epochs, 'epoch') if 'max_epochs' in loop else (
         loop.max_iters, 'iteration')
@@ -134,11 +134,11 @@ def training(cfg: Config) -> str:
     return f'{length}, {cfg.optim_wrapper.get("dtype", "float16")}' if is_mixed else length
 
 
-_measured: dict[str, dict[str, Complexity]] = {}  # of this run: schedules of one model share them
+_measured: dict[str, dict[str, Complexity]] = {}  # a model's schedules share them
 
 
 def measure(cfg: Config) -> tuple[Complexity, Complexity]:
-    """Measures of the whole model and of its backbone."""
+    """The measures of the whole model and of its backbone."""
     key = json.dumps([cfg.model, input_size(cfg)], sort_keys=True, default=str)
     if key not in _measured:
         _measured[key] = measure_config(cfg)
@@ -146,11 +146,11 @@ def measure(cfg: Config) -> tuple[Complexity, Complexity]:
 
 
 class Classifier(nn.Module):
-    """A backbone and the head that the ImageNet models have on it.
+    """A backbone with the head of the ImageNet models.
 
     Args:
         backbone: Its config.
-        head: The head's config, without its sizes; an ordinary linear layer by default.
+        head: The head's config without sizes; an ordinary linear layer by default.
     """
 
     def __init__(self, backbone: Mapping[str, Any], head: Mapping[str, Any] | None = None) -> None:
@@ -167,7 +167,7 @@ class Classifier(nn.Module):
 
 
 def measure_classifier(entry: Mapping[str, Any]) -> Complexity:
-    """Measures of an entry of docs/backbones.yml on an image of 224 x 224."""
+    """The measures of an entry of docs/backbones.yml with an image of 224 x 224."""
     with torch.device('meta'):
         classifier = Classifier(entry['backbone'], entry.get('head'))
         return measure_module(classifier, torch.empty(1, 3, 224, 224))['']
@@ -188,13 +188,6 @@ def imagenet_table(source: Path) -> str:
                      'top-1', 'top-5', 'Backbone'), rows)
 
 
-def as_code(value: Any) -> str:
-    """A config as it is written in Python."""
-    if isinstance(value, Mapping):
-        return f'dict({", ".join(f"{key}={as_code(item)}" for key, item in value.items())})'
-    return repr(tuple(value) if isinstance(value, list) else value)
-
-
 def millions(number: int) -> str:
     return f'{number / 1e6:.2f}'
 
@@ -204,7 +197,7 @@ def billions(number: int) -> str:
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table, centred as MMDetection's are."""
+    """A Markdown table, centred like MMDetection's."""
     lines = [header, (':-:',) * len(header), *rows]
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 

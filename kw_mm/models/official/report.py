@@ -1,7 +1,7 @@
-"""What a conversion has done, for people to read."""
+"""Describes what a conversion has done."""
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,13 @@ class ConversionReport:
         family: ``'ResNet'``, ``'ConvNeXt'`` or ``'MobileNetV2'``.
         kind: ``'classifier'``, ``'backbone'``, ``'detector'`` or ``'segmentor'``.
         backbone: The config dict that builds the backbone.
-        released: The released model that it is, or None if it is another.
+        released: The released model, or None if it is another.
         container: The entry of the authors' file with the weights, None if it has no entries.
-        choices: All entries of the file that hold weights, where the authors' file was read.
-        num_tensors: Tensors written, of them ``num_backbone`` of the backbone.
-        num_backbone: See there.
-        parts: Names of the other parts of a detector, passed on as they are.
-        left_out: Entries of the file that were not written; they hold no weights, or others.
+        choices: All entries with weights of an authors' file that was read.
+        num_tensors: Tensors that were written.
+        num_backbone: Those of them that belong to the backbone.
+        parts: Names of the other parts of a detector, which are not changed.
+        left_out: Entries of the file that were not written: other weights, or none.
         has_classes: Whether the names of a detector's classes are known.
         dropped: Keys of tensors that were not written: a classifier, or norms added before.
         added: Keys of tensors that were not in the file: norms of 1 and 0.
@@ -49,7 +49,7 @@ class ConversionReport:
 
     @property
     def name(self) -> str:
-        """Of the released model, or that it is none."""
+        """The name of the released model, or a text that it is none."""
         return self.released.name if self.released else 'no released model'
 
     @property
@@ -98,7 +98,7 @@ class ConversionReport:
 
 
 def as_code(value: Any) -> str:
-    """A plain value as in a config, dicts as calls."""
-    if isinstance(value, dict):
+    """The code of a plain value in a config, with dicts as calls and lists as tuples."""
+    if isinstance(value, Mapping):
         return f'dict({", ".join(f"{k}={as_code(v)}" for k, v in value.items())})'
-    return repr(value)
+    return repr(tuple(value) if isinstance(value, list) else value)

@@ -1,18 +1,17 @@
-"""A whole detector with a KW backbone beside the one with a static backbone.
+"""Compares a whole detector with a KW backbone with the same one with a static backbone.
 
-No data set and no weights are needed: images, boxes and masks are made up. What a config says
-of its backbone holds: frozen stages, frozen statistics, stochastic depth, the optimizer.
+No data set and no weights are needed: images, boxes and masks are made up. Everything that a config
+says about its backbone applies: frozen stages, frozen statistics, stochastic depth, the optimizer.
 
-How much the rest of a detector has to do hangs on what it sees: proposals, objects, the size of
-their masks. Two detectors without training see different things, and would be compared by that.
-Here both have the same neck and heads, and these are given the same features: those of the static
-backbone, in the place of what either backbone has just computed. Untrained heads for many classes
-are sure of nothing, so that at inference no mask may be predicted; the ratio is, if anything,
-higher for that. The rows tell how many objects were found.
+The time of a detector's other parts depends on what it finds: proposals, objects, the size of their
+masks. Two untrained detectors would find different things. So both have the same neck and heads
+here, which get the same features: those of the static backbone replace what either backbone has
+computed. Untrained heads for many classes have low scores, so there may be no masks at inference;
+that makes the ratio of KW to static higher, if anything. The rows say how many objects were found.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,8 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
+
+from kw_mm.config_types import all_dicts
 
 from .networks import SHAPE, folded, make_images, optimised, randomise_
 from .parity import Check, check_network
@@ -34,23 +35,23 @@ def compare_detectors(kw_config: str, static_config: str, shape: tuple[int, int,
                       setting: Setting, memory_budget: int | None = None,
                       parity_shape: tuple[int, int, int] = SHAPE, **timing: Any
                       ) -> tuple[list[Check], list[dict[str, Any]]]:
-    """Measures inference and a training step, which takes the config's own precision.
+    """Measures inference and a training step; the latter in the config's own precision.
 
     Args:
         kw_config: Path of the config with the KW backbone.
         static_config: Path of its static twin.
         shape: Batch, height and width of the images.
-        setting: Where and in which precision to run.
-        memory_budget: For the optimised backbone.
-        parity_shape: Images of the parity check.
+        setting: Device and precision.
+        memory_budget: That of the optimised backbone.
+        parity_shape: Batch, height and width of the parity check's images.
         **timing: Options of ``time_in_turns``.
 
     Returns:
-        Comparisons of the KW backbone with the method, and the rows of the report.
+        The checks of the KW backbone against the method, and the rows of the report.
 
     Raises:
-        ParityError: If they differ.
-        ValueError: If a config is none of MMDetection, or the setting cannot be had.
+        ParityError: If a check fails.
+        ValueError: If a config is not one of MMDetection, or the setting is not possible.
     """
     if setting.compile or setting.cuda_graphs or setting.channels_last:
         raise ValueError('whole detectors run as their configs have them, neither compiled nor '
@@ -66,7 +67,7 @@ def compare_detectors(kw_config: str, static_config: str, shape: tuple[int, int,
         randomise_(static.backbone, make_images(*SHAPE))
         kw.load_state_dict({key: value for key, value in static.state_dict().items()
                             if not key.startswith('backbone.')}, strict=False)
-        batch = make_batch(shape, next(node['num_classes'] for node in dicts(cfgs[KW].model)
+        batch = make_batch(shape, next(node['num_classes'] for _, node in all_dicts(cfgs[KW].model)
                                        if 'num_classes' in node))
         static, kw = map(setting.place, (static, kw))
         fast, report = optimised(kw, memory_budget)
@@ -74,7 +75,7 @@ def compare_detectors(kw_config: str, static_config: str, shape: tuple[int, int,
             features = static.eval().backbone(
                 static.data_preprocessor(batch, training=True)['inputs'])
         for model in (static, kw, fast):
-            # Its own computations, forward and backward, stay as they are.
+            # The backbone still computes forward and backward.
             model.backbone.register_forward_hook(lambda _, args, outputs: tuple(
                 map(_Replace.apply, outputs, features)))
         times = [time_in_turns({name: training(model, cfgs[name], batch)
@@ -93,12 +94,12 @@ def compare_detectors(kw_config: str, static_config: str, shape: tuple[int, int,
 
 
 def read_config(path: str) -> Config:
-    """Reads a detector's config and takes out whatever names weights to load."""
+    """Reads a detector's config and removes the names of weights to load."""
     cfg = Config.fromfile(path)
     if cfg.get('default_scope') != 'mmdet':
         raise ValueError(f"default_scope of {path} must be 'mmdet', got "
                          f'{cfg.get("default_scope")!r}')
-    for node in dicts(cfg.model):
+    for _, node in all_dicts(cfg.model):
         if 'checkpoint' in str(node.get('init_cfg')):
             node['init_cfg'] = None
         if 'pretrained' in node:
@@ -107,7 +108,7 @@ def read_config(path: str) -> Config:
 
 
 def make_batch(shape: tuple[int, int, int], classes: int) -> dict[str, Any]:
-    """Images, boxes and masks, the same ones each time."""
+    """Images, boxes and masks, the same for each call."""
     from mmdet.testing import demo_mm_inputs
     batch, height, width = shape
     np.random.seed(0)
@@ -119,7 +120,7 @@ def make_batch(shape: tuple[int, int, int], classes: int) -> dict[str, Any]:
 
 
 class _Replace(torch.autograd.Function):
-    """Hands on one tensor in the place of another, and the gradient as if it had not."""
+    """Replaces a tensor by another one, but returns the gradient to the first."""
 
     @staticmethod
     def forward(ctx: Any, computed: Tensor, wanted: Tensor) -> Tensor:
@@ -131,7 +132,7 @@ class _Replace(torch.autograd.Function):
 
 
 def training(model: nn.Module, cfg: Config, batch: Mapping[str, Any]) -> Phases:
-    """A training step by the config's optimizer: forward with losses, backward, optimizer."""
+    """A training step with the config's optimizer: forward with losses, backward, optimizer."""
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
 
     def forward(_: Any) -> Tensor:
@@ -156,13 +157,3 @@ def inference(model: nn.Module, batch: Mapping[str, Any], setting: Setting) -> P
             return model.test_step(batch)
 
     return {FORWARD: forward}
-
-
-def dicts(node: Any) -> Iterator[dict]:
-    """All dicts inside nested dicts and lists."""
-    if isinstance(node, dict):
-        yield node
-        node = list(node.values())
-    if isinstance(node, (list, tuple)):
-        for child in node:
-            yield from dicts(child)

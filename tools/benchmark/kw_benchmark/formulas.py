@@ -1,8 +1,8 @@
-"""KW convolutions as the method writes them, twice: loop by loop, and with torch's operations.
+"""KW convolutions by the formulas of the method, with loops and with torch's operations.
 
-What runs fast is compared with the second kind, which has gradients, in the precision at hand
-errs as ordinary torch does, and takes a second where the loops of ``kw_mm.ops.reference`` take
-minutes. It is itself compared with those loops, for every layer, on a part of it.
+Fast code is compared with the second kind. It has gradients, it has the usual rounding errors of
+torch in each precision, and it takes a second where the loops of ``kw_mm.ops.reference`` take
+minutes. It is itself compared with these loops on a part of every layer.
 """
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kw_mm.layers.conv import KW_CONVS
 from kw_mm.ops import reference
-
-from .programs import KW_CONVS
 
 
 def plain_conv(layer: nn.Module, x: Tensor) -> Tensor:
     """A KW convolution with torch's ordinary operations (method, sections 3 and 4).
 
     Args:
-        layer: The layer, whose weights and settings are read.
+        layer: The layer with its weights and settings.
         x: ``(N, C_in, *spatial)``.
 
     Returns:
@@ -40,14 +39,14 @@ def literal_conv(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def attention_rows(layer: nn.Module, x: Tensor) -> Tensor:
-    """What the attention's second linear layer gives each mixture, ``(N, m, columns)``."""
+    """The output of the attention's second linear layer for each mixture, ``(N, m, columns)``."""
     attention = layer.attention
     hidden = F.relu(attention.norm1(attention.fc1(x.flatten(2).mean(-1))))
     return attention.fc2(hidden).unflatten(1, (layer.plan.num_mixtures, -1))
 
 
 def plain_alpha(layer: nn.Module, rows: Tensor) -> Tensor:
-    """Mixing weights of the first mixtures, of as many as there are rows."""
+    """Mixing weights of as many of the first mixtures as there are rows."""
     attention, own, count = layer.attention, layer.plan.assignment, rows.shape[1]
     if layer.plan.num_basis:
         others = F.linear(rows[..., own.num_cells:-1], attention.fc3.weight)
@@ -82,8 +81,7 @@ def plain_kernel(alpha: Tensor, cells: Tensor, grid: Sequence[int],
 def copy_with(module: nn.Module, conv: Callable[[nn.Module, Tensor], Tensor]) -> nn.Module:
     """A copy of a module whose KW convolutions compute ``plain_conv`` or ``literal_conv``.
 
-    Convolutions that stand alone and those inside ``KWLinear`` are among them; all else runs as
-    it is.
+    That includes those inside ``KWLinear``. Everything else runs as before.
     """
     module = copy.deepcopy(module)
     for layer in module.modules():

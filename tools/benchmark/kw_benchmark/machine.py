@@ -1,8 +1,8 @@
-"""The machine at hand, what it does in a second, and the least that mixing kernels takes on it.
+"""Describes the machine, measures its rates, and computes the least time to mix kernels on it.
 
-Beyond the static network a dynamic one has to mix its kernels. The floor counts that, and nothing
-else: attention, pooling and the convolutions of several kernels are taken as free, so that no
-implementation of the counted way gets below it. Symbols: N samples, m mixtures, n cells of D
+A dynamic network has to mix its kernels, in addition to what a static one does. The floor counts
+only this: attention, pooling and convolving each sample with its own kernel are taken as free. So
+no implementation of the counted method can be faster. Symbols: N samples, m mixtures, n cells of D
 elements, hidden width h.
 """
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from kw_mm.inference.budget import ACTIVE
 from kw_mm.ops.compiled import instruction_set
 from kw_mm.plan import LayerPlan
 from kw_mm.versions import SUPPORTED, __version__, installed_version
@@ -25,12 +26,12 @@ from kw_mm.versions import SUPPORTED, __version__, installed_version
 from .setting import Setting
 from .timing import time_in_turns
 
-NUM_RUNS = 7  # of which the fastest counts: a floor must not be too high
-# Of a parameter by SGD with momentum: weight and momentum read and written, gradient read.
+NUM_RUNS = 7  # the fastest counts, because a floor must not be too high
+# Numbers that SGD with momentum moves per parameter: weight and momentum are read and written, the
+# gradient is read.
 SGD_ACCESSES = 5
-ACTIVE = 0.5  # part of hidden units that a ReLU leaves open
 
-# How the kernels can be had, by what a report calls it: the costs of which the least counts.
+# Ways to get the kernels, by their names in a report. The cheapest counts.
 INFERENCE = dict(cells=('cells',), cells_or_bases=('cells', 'bases'),
                  cells_or_active_bases=('cells', 'active_bases'))
 TRAINING = dict(cells=('training',))
@@ -38,7 +39,7 @@ TRAINING = dict(cells=('training',))
 
 @dataclass(frozen=True)
 class Rates:
-    """Multiply-adds of a large matrix product, and bytes read or copied in memory, in a second."""
+    """Multiply-adds of a large matrix product, and bytes read or copied in memory, per second."""
 
     operations: float
     bandwidth: float
@@ -52,12 +53,12 @@ class Cost:
     operations: int
 
     def seconds(self, rates: Rates) -> float:
-        """The longer of the two, for memory and arithmetic can overlap."""
+        """The longer of the two, because memory and arithmetic can overlap."""
         return max(self.num_bytes / rates.bandwidth, self.operations / rates.operations)
 
 
 def describe() -> dict[str, Any]:
-    """What a reader must know to judge figures: processors, threads, versions, date."""
+    """What one must know to judge figures: processors, threads, versions, date."""
     found = dict(
         date=datetime.now(timezone.utc).isoformat(timespec='seconds'),
         cpu=cpu_name(),
@@ -77,7 +78,7 @@ def describe() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's name, as far as the system tells it."""
+    """The processor's name, if the system tells it."""
     info = Path('/proc/cpuinfo')
     if info.exists():
         for line in info.read_text(encoding='utf-8').splitlines():
@@ -89,7 +90,7 @@ def cpu_name() -> str:
 def measure_rates(setting: Setting, size: int | None = None, num_bytes: int = 2**29) -> Rates:
     """Measures matrix products and memory on the device, in the setting's precision.
 
-    ``size`` is that of the matrices; ``num_bytes`` are read, and must not fit into a cache.
+    Matrices are ``size`` x ``size``; ``num_bytes`` are read, and must exceed all caches.
     """
     size = size or (8192 if setting.on_cuda else 2048)
     factory = dict(device=setting.device, dtype=setting.dtype)
@@ -98,31 +99,32 @@ def measure_rates(setting: Setting, size: int | None = None, num_bytes: int = 2*
     product = _fastest(lambda: torch.mm(a, b, out=out), setting.device)
     source = torch.ones(num_bytes // setting.dtype.itemsize, **factory)
     target = torch.zeros_like(source)
-    # Whatever moves most: a sum reads only, but may be bound by its additions.
+    # The highest rate counts. A sum only reads, but its additions may limit it.
     read = num_bytes / _fastest(source.sum, setting.device)
     copied = 2 * num_bytes / _fastest(lambda: target.copy_(source), setting.device)
     return Rates(size**3 / product, max(read, copied))
 
 
 def _fastest(run: Callable[[], Any], device: str) -> float:
-    """Seconds of the fastest of some runs, after one to warm up."""
+    """Seconds of the fastest of several runs, after one to warm up."""
     times = time_in_turns({'run': {'run': lambda _: run()}}, device, NUM_RUNS, 1, min_seconds=0)
     return min(times['run'].rounds())
 
 
 def assembly_costs(batch: int, mixtures: int, cells: int, cell_size: int, hidden: int,
                    itemsize: int = 4) -> dict[str, Cost]:
-    """What mixing the kernels of one layer needs.
+    """What it takes to mix the kernels of one layer.
 
     * ``cells``, ``alpha @ cells``: every cell is read once, ``N m n D`` multiply-adds.
-    * ``bases``: the attention's last linear layer contracted with the cells once, for inference.
-      Its weight and bias give ``h + 1`` kernels of the layer's size, which are read and mixed.
-    * ``active_bases``: those alone whose hidden units the ReLU has left open. Of units that are
-      open by chance, ``1 - (1 - ACTIVE)^N`` are open for one of N samples: so many are read, and
-      each sample mixes its own.
+    * ``bases``: for inference, the attention's last linear layer is multiplied with the cells in
+      advance. Its weight and bias give ``h + 1`` kernels of the layer's size, which are read and
+      mixed.
+    * ``active_bases``: only bases of active hidden units. If units are active at random, a share of
+      ``1 - (1 - ACTIVE)^N`` is active for at least one of N samples: these are read, and each
+      sample mixes its own.
     * ``training``: mixing cells forward and backward. The gradients of mixing weights and of cells
-      are a product of the forward's size each. Cells are read twice, once each way; their
-      gradient, which the layers of a warehouse add to, is read and written.
+      each take a product of the same size as forward. Cells are read twice, once forward and once
+      backward. Their gradient is read and written, because each layer of a warehouse adds to it.
     """
     size = mixtures * cell_size
     read = 1 - (1 - ACTIVE)**batch
@@ -143,12 +145,12 @@ def layer_costs(plan: LayerPlan, batch: int, itemsize: int = 4) -> dict[str, Cos
 
 def assembly_seconds(layers: Iterable[dict[str, Cost]], rates: Rates,
                      training: bool = False) -> dict[str, float]:
-    """The least that mixing the kernels of layers, one after another, takes in each way."""
+    """The least time to mix the kernels of all layers, one after another, in each way."""
     layers = list(layers)
     return {way: sum(min(costs[name].seconds(rates) for name in names) for costs in layers)
             for way, names in (TRAINING if training else INFERENCE).items()}
 
 
 def optimizer_seconds(extra_parameters: int, rates: Rates, itemsize: int = 4) -> float:
-    """What SGD with momentum needs for parameters the static network has not; 0 for fewer."""
+    """Time of SGD with momentum for parameters beyond those of the static network; at least 0."""
     return max(extra_parameters, 0) * SGD_ACCESSES * itemsize / rates.bandwidth

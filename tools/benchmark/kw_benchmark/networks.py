@@ -1,4 +1,4 @@
-"""The networks that are compared, and what is done to them before they run."""
+"""Builds the networks that are compared, and prepares them."""
 from __future__ import annotations
 
 import copy
@@ -14,23 +14,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import kw_mm
 from kw_mm.layers import Attention
+from kw_mm.layers.conv import KW_CONVS
 from kw_mm.models import KWConvNeXt, KWMobileNetV2, KWResNet
 from kw_mm.models.backbones.convnext import ConvNeXtBlock
 
-from .programs import KW_CONVS
-
 BACKBONES = {cls.__name__: cls for cls in (KWResNet, KWConvNeXt, KWMobileNetV2)}
-SHAPE = (2, 64, 64)  # batch, height and width of images that statistics or parity need
+SHAPE = (2, 64, 64)  # batch, height and width of images for statistics or parity
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is compared: a backbone at a budget, in which everything trains.
+    """A backbone with a budget, all of whose parameters are trained.
 
     Attributes:
-        name: Of the backbone, one of ``BACKBONES``.
+        name: Name of the backbone, one of ``BACKBONES``.
         budget: Cells per mixture.
-        options: Of the backbone, for both twins.
+        options: Options of the backbone, the same for both twins.
         kw_cfg: Further settings of the warehouses.
 
     Raises:
@@ -63,16 +62,16 @@ class Subject:
         return backbone(**{**options, **self.options}, static=static, kw_cfg=kw_cfg)
 
     def build_trained(self, static: bool = False) -> nn.Module:
-        """The same with attentions whose ReLU is open for half of the units, as in trained ones."""
+        """The same, with half of the attentions' hidden units active, as after training."""
         module = self.build(static)
         randomise_(module, make_images(*SHAPE))
         return module
 
 
 def make_images(batch: int, height: int, width: int) -> Tensor:
-    """Noise ``(batch, 3, height, width)``, each image and channel of its own level and contrast.
+    """Noise ``(batch, 3, height, width)``; level and contrast differ by image and channel.
 
-    The means of pure noise are all alike, and so would be the attentions.
+    The means of pure noise would all be alike, and so would the attentions.
     """
     images = torch.randn(batch, 3, height, width)
     level, contrast = torch.randn(2, batch, 3, 1, 1)
@@ -80,11 +79,11 @@ def make_images(batch: int, height: int, width: int) -> Tensor:
 
 
 def randomise_(module: nn.Module, x: Tensor) -> None:
-    """Gives a fresh network what a trained one has: a say for every layer, and statistics.
+    """Makes every layer of a new network matter, and sets running statistics, as after training.
 
-    At the start of training the last norm of a residual block is zero, a ConvNeXt block's scale a
-    millionth, and the attention knows no bias, so that much could be wrong and not be seen.
-    Running statistics become those of the images ``x``, of at least two; the mode is kept.
+    At the start of training the last norm of a residual block is zero, the scale of a ConvNeXt
+    block is a millionth, and biases of the attention are zero, which would hide errors. Running
+    statistics become those of ``x``, at least two images. The mode is kept.
     """
     was_training = {m: m.training for m in module.modules()}
     momenta = {}
@@ -107,7 +106,7 @@ def randomise_(module: nn.Module, x: Tensor) -> None:
         module(x)
         for layer, momentum in momenta.items():
             layer.momentum = momentum
-            # A channel that is alike in these few images would be blown up in others.
+            # A channel that hardly varies in these few images would be scaled up too much.
             least = (layer.running_var + layer.running_mean.square()).mean()
             layer.running_var.clamp_(min=least.item())
     for layer, mode in was_training.items():
@@ -115,7 +114,7 @@ def randomise_(module: nn.Module, x: Tensor) -> None:
 
 
 def folded(module: nn.Module) -> nn.Module | None:
-    """A copy with batch norms folded into the static convolutions before them; None without any."""
+    """A copy with batch norms folded into static convolutions; None if there are none."""
     folded_copy = fuse_conv_bn(copy.deepcopy(module).eval())
     count, before = (sum(isinstance(m, _BatchNorm) for m in net.modules())
                      for net in (folded_copy, module))
@@ -123,14 +122,14 @@ def folded(module: nn.Module) -> nn.Module | None:
 
 
 def optimised(module: nn.Module, memory_budget: int | None = None) -> tuple[nn.Module, Any]:
-    """A copy after ``kw_mm.optimize_for_inference_``, and the report that returns."""
+    """A copy after ``kw_mm.optimize_for_inference_``, and its report."""
     fast = copy.deepcopy(module).eval()
     return fast, kw_mm.optimize_for_inference_(fast, memory_budget=memory_budget)
 
 
 def distinct_layers(module: nn.Module, shape: tuple[int, int, int]
                     ) -> list[tuple[str, tuple[int, ...], int]]:
-    """The KW layers of a placed network, one of each geometry: name, shape of the input, number.
+    """One KW layer of each geometry in a placed network: name, shape of the input, number.
 
     ``shape`` is batch, height and width of the network's images.
     """

@@ -1,4 +1,4 @@
-"""What is timed, and compared: inference and training steps of a network, phase by phase."""
+"""The programs that are timed and compared: inference and training steps, by phases."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -7,17 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kw_mm.layers import KWConv1d, KWConv2d, KWConv3d
+from kw_mm.layers.conv import KW_CONVS
 
 from .setting import Setting
 from .timing import Phases, Times
 
-KW_CONVS = (KWConv1d, KWConv2d, KWConv3d)
 # The networks that are compared.
 STATIC, FOLDED, KW, OPTIMISED = 'static', 'static, folded', 'KW', 'KW, optimised'
 FORWARD, BACKWARD, OPTIMIZER = 'forward', 'backward', 'optimizer'
-# Detectors' usual one. Its learning rate is tiny, for a network that is fed noise for long must
-# stay finite.
+# The usual optimizer of detectors. The learning rate is tiny, so that a network stays finite though
+# it trains on noise for long.
 SGD = dict(lr=1e-9, momentum=0.9)
 
 
@@ -27,7 +26,7 @@ def as_tensors(outputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def inference(module: nn.Module, x: Tensor, setting: Setting) -> Phases:
-    """Inference of a placed module and input: the one phase ``forward``, in evaluation mode."""
+    """Inference of a placed module and input: a single phase ``forward``, in evaluation mode."""
     run = setting.callable(module.eval(), x)
 
     def forward(_: Any) -> Any:
@@ -39,20 +38,20 @@ def inference(module: nn.Module, x: Tensor, setting: Setting) -> Phases:
 
 def passes(module: nn.Module, x: Tensor, setting: Setting, needs_input_grad: bool = True,
            output_grads: Sequence[Tensor] = ()) -> Phases:
-    """``forward`` and ``backward`` of a placed module and input, in the mode the module is in.
+    """``forward`` and ``backward`` of a placed module and input, in the module's current mode.
 
-    The backward pass starts from gradients of the outputs, by default random ones, so that no loss
-    is timed. Half precision needs no loss scaling here.
+    The backward pass starts from gradients of the outputs, by default random ones, so no loss is
+    timed. Half precision needs no loss scaling here.
     """
     run = setting.callable(module)
     x = x.detach().requires_grad_(needs_input_grad)
-    # The cells of a layer of shared warehouses are not among its parameters.
+    # The parameters of a layer do not include the cells of a shared warehouse.
     leaves = [x, *module.parameters(),
               *(layer.cells for layer in module.modules() if isinstance(layer, KW_CONVS))]
     grads: list[Tensor] = []
 
     def forward(_: Any) -> tuple[Tensor, ...]:
-        # None rather than zero: whoever comes first need not add.
+        # None rather than zero, so that the first gradient is not added to zeros.
         for leaf in leaves:
             leaf.grad = None
         with setting.autocast():
@@ -78,7 +77,7 @@ def training(module: nn.Module, x: Tensor, setting: Setting) -> Phases:
 
 
 def run_once(program: Phases) -> Any:
-    """What the last phase returns."""
+    """Runs all phases once and returns the result of the last."""
     value = None
     for phase in program.values():
         value = phase(value)
@@ -89,7 +88,7 @@ def summarise(times: Mapping[str, Times], floors: Mapping[str, float] | None = N
               ) -> dict[str, Any]:
     """Medians of every program and phase, and ratios to static, as plain data.
 
-    Floors are seconds beyond the static network's, and become ratios to static as well.
+    Floors are seconds in addition to the static network's, and become ratios to static too.
     """
     ratios = {f'{name} / {base}': times[name].over(times[base])
               for base in (STATIC, FOLDED) if base in times
