@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from numbers import Real
-from typing import Any, Union
+from typing import Any
 
-PerWarehouse = Union[float, tuple[float, ...]]
+PerWarehouse = float | tuple[float, ...]
 
 ATTENTION_NORMS = ('BN1d', 'LN')
 
@@ -31,8 +31,8 @@ class WarehouseConfig:
             hidden units). Any finite number > 0.
         nonlocal_basis_ratio: In (0, 1]. Below 1, a layer attends to the cells of other layers
             through a basis of this share of their number (method, section 3).
-        spatial_partition: Whether kernels are also cut along their positions, so that cells are
-            1x1 and layers of different kernel sizes can share them.
+        spatial_partition: Whether kernels are also cut into their positions. Cells are then 1x1,
+            and layers of different kernel sizes can share them.
         attn_norm: Norm inside the attention, ``'BN1d'`` (ResNet, MobileNetV2) or ``'LN'``
             (ConvNeXt).
 
@@ -74,13 +74,13 @@ class WarehouseConfig:
         """Builds the object from what a config file holds.
 
         Args:
-            kw_cfg: A mapping of field names to values, the object itself (returned as it is), or
-                None for nothing but defaults.
-            **defaults: What holds for fields that ``kw_cfg`` leaves out; a backbone's own.
+            kw_cfg: A mapping of field names to values, such an object (returned as it is), or None
+                for the defaults.
+            **defaults: Values of fields that ``kw_cfg`` leaves out, e.g. those of a backbone.
 
         Raises:
             TypeError: If ``kw_cfg`` is none of these.
-            ValueError: If it holds a key that is no field, or a value out of range.
+            ValueError: If it has a key that is no field, or a value out of range.
         """
         if isinstance(kw_cfg, cls):
             return kw_cfg
@@ -107,7 +107,7 @@ class WarehouseConfig:
             num_warehouses: How many the network has.
 
         Raises:
-            ValueError: If a tuple has not one entry per warehouse.
+            ValueError: If a tuple does not have one entry per warehouse.
         """
         single = {}
         for field in fields(self):

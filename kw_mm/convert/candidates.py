@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -25,7 +25,7 @@ from .forms import (
 )
 from .surgery import all_paths, hidden_references
 
-FilterFn = Optional[Callable[[nn.Module, str], bool]]
+FilterFn = Callable[[nn.Module, str], bool] | None
 
 KW_LAYERS = (KWConv1d, KWConv2d, KWConv3d, KWLinear)
 
@@ -41,8 +41,8 @@ class Candidate:
     Attributes:
         module: The layer.
         names: Its paths, more than one where it is shared.
-        plain: What it computes as a plain layer, without values.
-        reservation: Why it stays static unless a group asks for it by name, or None.
+        plain: The plain layer that computes the same, without values.
+        reservation: Why it stays static unless a group names it; None if nothing speaks against it.
     """
 
     module: Any
@@ -57,7 +57,7 @@ class Candidate:
 
     @property
     def kw_type(self) -> Any:
-        """The class that takes its place."""
+        """The class of the KW layer that replaces it."""
         base = find_base(type(self.module))
         assert base is not None, 'candidates are of convertible types'
         return CONVERTIBLE[base]
@@ -85,8 +85,8 @@ def find_candidates(root: nn.Module, filter_fn: FilterFn,
         and what is inside them are in neither.
 
     Raises:
-        TypeError: If what is declared of a type returns something else than a ``PlainConv``.
-        ValueError: If it is not what a layer of the type computes.
+        TypeError: If the form declared for a type returns something else than a ``PlainConv``.
+        ValueError: If a layer computes something else than its declared form.
     """
     paths = all_paths(root)
     inside_kw = {inner for module in paths if isinstance(module, (*KW_LAYERS, WarehouseManager))
@@ -132,13 +132,13 @@ def _unsupported_type(module: nn.Module) -> str | None:
 
 
 def _unsupported_state(module: Any) -> str | None:
-    """What a swap would lose of a layer of the right type."""
+    """Says what a swap would lose, if a layer has more than its type implies."""
     if any(getattr(module, hooks, None) for hooks in _HOOKS):
         return 'it has hooks'
     if 'forward' in vars(module):
         return 'its forward is replaced'
     if has_own_form(module):
-        # What else it has itself is the declared form's business.
+        # If a form is declared, it takes care of further parameters.
         if any(child.state_dict() for child in module.children()):
             return 'it has modules with parameters or buffers inside'
     elif set(module._parameters) != {'weight', 'bias'} or module._buffers or module._modules:
@@ -149,7 +149,7 @@ def _unsupported_state(module: Any) -> str | None:
 
 
 def _check_declared(module: nn.Module, plain: PlainConv, name: str) -> str | None:
-    """Whether a layer does what was declared of its type, and why it cannot be converted if so."""
+    """Checks a layer against its declared form. Returns why it cannot be converted, or None."""
     if type(module) in CONVERTIBLE:
         return None
     if not plain.weight.is_meta and not plain.weight.isfinite().all():
@@ -159,13 +159,13 @@ def _check_declared(module: nn.Module, plain: PlainConv, name: str) -> str | Non
 
 
 def _reservation(root: nn.Module, module: Any, names: tuple[str, ...]) -> str | None:
-    """Why a layer stays static unless it is asked for by name."""
+    """Why a layer stays static unless a group names it."""
     for path, ancestor in _ancestors(root, names[0]):
         manager = getattr(ancestor, 'warehouse_manager', None)
         if isinstance(manager, WarehouseManager) and manager.plan.layers:
             return f'{path or "the module"} is a KW network already'
-        # Linear layers of an attention are often read past their forward (as those of
-        # nn.MultiheadAttention are), or see windows or queries in the place of samples.
+        # The weights of linear layers in an attention are often used without calling the layer (as
+        # in nn.MultiheadAttention), or their first dimension is windows or queries, not samples.
         if isinstance(module, nn.Linear) and path and (
                 re.search('attention|attn|msa', f'{path.rpartition(".")[2]} '
                                                 f'{type(ancestor).__name__}', re.IGNORECASE)):

@@ -1,4 +1,4 @@
-"""Which of the candidates share a warehouse: as the user says, or found from the module tree."""
+"""Decides which candidates share a warehouse: as the user says, or from the module tree."""
 from __future__ import annotations
 
 import math
@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, Union
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -18,16 +18,16 @@ from ..plan import MIN_WIDTH, WarehousePlan, count_mixtures, plan_warehouses
 from .candidates import Candidate
 from .stages import find_stage
 
-Groups = Union[Mapping[str, Any], Sequence[Any]]
+Groups = Mapping[str, Any] | Sequence[Any]
 
-# The attention of a group has at most this many times the static parameters (see group_by_stage).
-# The paper's networks with b <= 1 are at 0.1 (ResNet50) to 0.8 (MobileNetV2).
+# The attention of a group has at most so many times its static parameters (see group_by_stage). The
+# paper's networks with b <= 1 are at 0.1 (ResNet50) to 0.8 (MobileNetV2).
 ATTENTION_BOUND = 1.0
 
 
 @dataclass(frozen=True)
 class Grouping:
-    """Warehouses to be.
+    """The warehouses that will be made.
 
     Attributes:
         warehouses: The layers of each by its key.
@@ -49,13 +49,13 @@ class Group:
     kw_cfg: Any = None
 
     def matches(self, names: Iterable[str]) -> bool:
-        """Whether a pattern is that of one of the names."""
+        """Whether a pattern matches one of the names."""
         return any(fnmatchcase(name, pattern) for name in names for pattern in self.patterns)
 
 
 def group_by_pattern(candidates: Sequence[Candidate], refused: Sequence[tuple[str, str]],
                      groups: Groups) -> Grouping:
-    """One warehouse for each group; layers of no group stay static.
+    """Makes one warehouse for each group; layers of no group stay static.
 
     Args:
         candidates: The layers to choose from.
@@ -64,7 +64,7 @@ def group_by_pattern(candidates: Sequence[Candidate], refused: Sequence[tuple[st
 
     Raises:
         TypeError: If ``groups`` is of a wrong type.
-        ValueError: If a group is malformed or matches nothing, or two match one layer.
+        ValueError: If a group is malformed or matches nothing, or two groups match one layer.
     """
     wanted = list(parse_groups(groups))
     warehouses: dict[str, list[Candidate]] = {group.key: [] for group in wanted}
@@ -116,27 +116,27 @@ def parse_groups(groups: Groups) -> Iterator[Group]:
 
 def group_by_stage(candidates: Sequence[Candidate], root: nn.Module,
                    config: WarehouseConfig) -> Grouping:
-    """Finds groups that share well, with attentions of bounded size.
+    """Finds groups of layers that share well, with attentions of limited size.
 
-    Layers of one stage (see ``find_stage``) and one kind share a warehouse; kinds are depthwise,
-    other grouped, spatial (larger than 1x1), pointwise and linear, apart by dimensions, dtype and
-    device, and by kernel size if cells are whole kernels. Cells have the size of the greatest
-    common divisors of the layers' channels, and the smaller they are, the more there are to attend
-    to. Where the attention has more than ``ATTENTION_BOUND`` times the static parameters of the
-    group, it is therefore split: first into layers whose channels are multiples of those of the
-    smallest, then by shape, then into halves, down to single layers. A layer that is too small
-    even then stays static, and so does one whose kernel would be a single cell: there is nothing
-    to mix.
+    Layers of one stage (see ``find_stage``) and one kind share a warehouse. Kinds are depthwise,
+    other grouped, spatial (larger than 1x1), pointwise and linear; layers that differ in
+    dimensions, dtype or device are of different kinds, and so are different kernel sizes if cells
+    are whole kernels. The size of cells is the greatest common divisors of the layers' channels;
+    smaller cells mean more cells and a larger attention. If the attention has more than
+    ``ATTENTION_BOUND`` times the static parameters of the group, the group is split: first into
+    layers whose channels are multiples of those of the smallest, then by shape, then into halves,
+    down to single layers. A layer whose attention is too large even then stays static. So does one
+    whose kernel would be a single cell, because there would be nothing to mix.
 
-    Depthwise and grouped layers have so few weights of their own that the attention of both
-    together is measured against all layers of the stage. In a network it thus has at most twice
-    the static parameters.
+    Depthwise and grouped layers have few weights, so the attention of both together is compared
+    with the parameters of all layers of the stage. All attentions of a network together thus have
+    at most twice its static parameters.
 
     Args:
         candidates: The layers, in module order.
         root: The module they are in.
-        config: The settings that warehouses will have; of a tuple, the values that make most
-            attention.
+        config: The settings of the warehouses. Of a tuple, the value that makes the attention
+            largest is taken.
     """
     worst = _worst_case(config)
     modules = dict(root.named_modules(remove_duplicate=False))
@@ -171,7 +171,7 @@ def group_by_stage(candidates: Sequence[Candidate], root: nn.Module,
 
 def _split(key: str, members: Sequence[Candidate], config: WarehouseConfig, allowance: float,
            level: int = 0) -> Iterator[tuple[str, Sequence[Candidate], str | None]]:
-    """Yields key, members and None for a group that fits, or a reason to stay static."""
+    """Yields groups: key, members, and None or why these have to stay static."""
     problem = _problem(members, config, allowance)
     if problem is None or len(members) == 1:
         yield (members[0].name if len(members) == 1 else key), members, problem
@@ -192,7 +192,7 @@ def _split(key: str, members: Sequence[Candidate], config: WarehouseConfig, allo
 
 
 def _by_multiples(key: str, members: Sequence[Candidate]) -> dict[str, list[Candidate]]:
-    """Layers whose channels are multiples of those of the smallest: cells stay at its size."""
+    """Puts layers together whose channels are multiples of those of the smallest among them."""
     parts: dict[tuple[int, int], set[Candidate]] = {}
     for member in sorted(members, key=lambda m: math.prod(m.spec.weight_shape[:2])):
         out_channels, in_channels = member.spec.weight_shape[:2]
@@ -215,7 +215,7 @@ def _problem(members: Sequence[Candidate], config: Any,
     num_cells = max(floor(config.cell_num_ratio * mixtures), 1)
     if num_cells < 2:
         return 'its kernel would be a single cell, with nothing to mix'
-    # Cells of odd sizes can come by the million, so not all of them are planned to be counted.
+    # With channels of odd sizes there can be millions of cells, which take long to plan.
     least = MIN_WIDTH * mixtures * min(num_cells, MIN_WIDTH)
     if least > bound or plan_warehouses(specs, config).num_attention_parameters > bound:
         return 'too small for an attention'
@@ -223,7 +223,7 @@ def _problem(members: Sequence[Candidate], config: Any,
 
 
 def _worst_case(config: WarehouseConfig) -> WarehouseConfig:
-    """Of tuples, the value that makes most attention."""
+    """Replaces tuples by the value that makes the attention largest."""
     single: dict[str, Any] = {}
     for name, choose in (('cell_num_ratio', max), ('cell_inplane_ratio', min),
                          ('cell_outplane_ratio', min), ('reduction', max),
@@ -250,7 +250,7 @@ def _kind(candidate: Candidate, config: WarehouseConfig) -> str:
 
 
 def where_kept(candidate: Candidate) -> str:
-    """Dtype and device of its weight, which layers of one warehouse have in common."""
+    """Dtype and device of its weight. Layers of one warehouse have the same."""
     weight = candidate.module.weight
     return f'{str(weight.dtype).removeprefix("torch.")} {weight.device}'
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ ZERO = 2e-4
 # its logit stays positive and well away from the kink at 0.
 MARGIN = 0.05
 
-LayerWeights = tuple['_KWConvNd', Tensor, Optional[Tensor]]
+LayerWeights = tuple['_KWConvNd', Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)

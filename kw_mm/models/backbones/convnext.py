@@ -1,9 +1,9 @@
 """KW-ConvNeXt: every convolution dynamic (method, section 6)."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Callable
+from typing import Any
 
 import torch
 import torch.fx
@@ -19,7 +19,7 @@ from .base import KWBackbone, check_choice, check_drop_path_rate, check_indices
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of ``(N, C, H, W)``, at every position by itself.
+    """LayerNorm over the channels of ``(N, C, H, W)``, separately at each position.
 
     Its output is channels-last in memory, whatever its input is.
     """
@@ -33,7 +33,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class ConvNeXtBlock(nn.Module):
-    """Depthwise 7x7, norm, and two pointwise layers around a GELU, with a shortcut past them.
+    """Depthwise 7x7, norm, and two pointwise layers around a GELU, with a shortcut around them.
 
     Args:
         specs: Geometry of ``dwconv``, ``pwconv1`` and ``pwconv2``.
@@ -56,7 +56,7 @@ class ConvNeXtBlock(nn.Module):
         self.drop_path = DropPath(drop_path_rate)
 
     def reset_parameters(self) -> None:
-        """Sets the factor of the branch to its initial value; the layers have their own."""
+        """Sets the factor of the branch to its initial value; the layers reset themselves."""
         if self.gamma is not None:
             nn.init.constant_(self.gamma, self.layer_scale_init_value)
 
@@ -81,10 +81,10 @@ class KWConvNeXt(KWBackbone):
     keys are those of the official ConvNeXt, cells under ``warehouse_manager.weights.<i>``: first
     the stem's, the downsampling layers', then two for each stage.
 
-    With an ``output_stride`` the downsampling layers that would go beyond it keep every position
-    (stride 1), and the 2x2 and 7x7 kernels behind them are dilated in their place, so that each
-    still sees what it saw: the static twin then computes at every second (fourth, ...) position
-    what it computes without. Neither warehouses nor keys change.
+    With an ``output_stride``, the downsampling layers that would exceed it have stride 1, and they
+    and the 7x7 kernels behind them are dilated instead, so that each kernel covers the same image
+    region as before. At every second (fourth, ...) position the static twin then computes the same
+    as without ``output_stride``. Warehouses and keys do not change.
 
     Args:
         arch: ``'tiny'``, ``'small'``, ``'base'``, ``'large'``, or a dict of ``depths`` and
@@ -94,10 +94,10 @@ class KWConvNeXt(KWBackbone):
         layer_scale_init_value: Initial value of the blocks' ``gamma``, >= 0 (the paper: 1e-6 in
             pretraining, 1 in detection); 0 for blocks without.
         out_indices: Stages whose outputs are returned, rising; each has a norm ``norm<i>``.
-        output_stride: By how much outputs are smaller than the image at most, 4, 8, 16 or 32; None
-            for no limit, which is 32 for the named architectures.
-        frozen_stages: Stem and stages up to this number are frozen: -1 none, 0 the stem, 1 the
-            stem and ``stages.0``, 2 also what leads from there into and through ``stages.1``.
+        output_stride: Largest ratio of the image's size to that of an output, 4, 8, 16 or 32; None
+            for no limit, which means 32 for the named architectures.
+        frozen_stages: Stem and stages up to this number are frozen: -1 none, 0 the stem, 1 the stem
+            and ``stages.0``, 2 also ``stages.1`` with its downsampling, and so on.
         freeze_cells: Whether to freeze also the cells that frozen layers draw on.
         with_cp: Whether to recompute a block's activations in the backward pass to save memory.
         kw_cfg: Settings of the warehouses, a dict of ``WarehouseConfig``'s fields or the object.
@@ -118,7 +118,7 @@ class KWConvNeXt(KWBackbone):
         'large': dict(depths=(3, 3, 27, 3), channels=(192, 384, 768, 1536)),
     }
     kw_defaults = dict(attn_norm='LN')
-    # The norm before the classifier; norms of outputs, which classifiers do not have.
+    # Classifiers have a norm before the last layer, and lack the norms of the outputs.
     static_extras = (*KWBackbone.static_extras, 'norm.')
     static_optional = ('norm0.', 'norm1.', 'norm2.', 'norm3.')
 
@@ -145,7 +145,7 @@ class KWConvNeXt(KWBackbone):
         super().__init__(specs, kw_cfg, static, frozen_stages, freeze_cells, False, init_cfg)
         self.out_indices = out_indices
 
-        # By how much each stage's stride would go beyond the limit.
+        # The factor by which each stage's stride would exceed the limit.
         self.dilations = [max(4 * 2**stage // (output_stride or 4 * 2**stage), 1)
                           for stage in range(len(depths))]
         self.downsample_layers = nn.ModuleList()
@@ -171,14 +171,14 @@ class KWConvNeXt(KWBackbone):
             x: Images, ``(N, in_channels, H, W)``.
 
         Returns:
-            One ``(N, C_i, H_i, W_i)`` for each, normalised, contiguous if the images are; H_i = H /
-            (4, 8, 16, 32), or H divided by ``output_stride`` where that is less.
+            One ``(N, C_i, H_i, W_i)`` for each, normalised, contiguous if the images are; H_i is H
+            divided by 4, 8, 16 and 32, but by at most ``output_stride``.
         """
         images, outputs = x, []
         for i in range(self.out_indices[-1] + 1):
             x = self.downsample_layers[i](x)
             if self._is_dense(i):
-                # Padded on both sides, but a 2x2 kernel begins at its own position.
+                # Padding is on both sides, but the 2x2 kernel begins at its own position.
                 first = self.dilations[i - 1]
                 x = x[:, :, first:, first:]
             x = self.stages[i](x)
@@ -222,7 +222,7 @@ class KWConvNeXt(KWBackbone):
         return sizes['depths'], sizes['channels']
 
     def _is_dense(self, stage: int) -> bool:
-        """Whether what leads to a stage keeps every position."""
+        """Whether the downsampling layer before a stage has stride 1."""
         return stage > 0 and self.dilations[stage] > self.dilations[stage - 1]
 
     def _planned_conv(self, spec: ConvSpec, **kwargs: Any) -> nn.Module:
@@ -252,9 +252,9 @@ class KWConvNeXt(KWBackbone):
         return [*self.downsample_layers[first:], *self.stages[first:]]
 
 
-@torch.fx.wrap  # which does not trace what depends on strides
+@torch.fx.wrap  # torch.fx cannot trace conditions on strides
 def _in_order_of(images: Tensor, y: Tensor) -> Tensor:
-    """Maps as the norms leave them, channels-last; of contiguous images contiguous."""
+    """Makes maps, which the norms left channels-last, contiguous if the images are."""
     return y.contiguous() if images.is_contiguous() else y
 
 

@@ -1,9 +1,9 @@
 """KW-ResNet: one warehouse per stage (method, section 6)."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from mmcv.cnn import build_norm_layer
@@ -18,7 +18,7 @@ from .base import KWBackbone, check_choice, check_drop_path_rate, check_indices
 
 
 class BlockConv(NamedTuple):
-    """A convolution of a residual block: where it is and what it maps."""
+    """A convolution of a residual block: its name and its geometry."""
 
     name: str
     in_channels: int
@@ -38,7 +38,8 @@ class ResidualBlock(nn.Module):
         norm_cfg: Config of the norms, named as mmcv does (``bn1``, ...).
         drop_path_rate: Probability to drop the branch of a sample in training.
         with_cp: Whether to recompute activations in the backward pass.
-        zero_init_residual: Whether the last norm starts at zero, the block thus as its shortcut.
+        zero_init_residual: Whether the last norm starts at zero, so that the block starts as its
+            shortcut.
     """
 
     def __init__(self, convs: Sequence[BlockConv], make_conv: Callable[[BlockConv], nn.Module],
@@ -65,7 +66,7 @@ class ResidualBlock(nn.Module):
         return self.relu(self._residual(x))
 
     def conv_norm_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Convolutions with the norm right behind each."""
+        """Pairs of a convolution and the norm directly behind it."""
         return [(getattr(self, conv), getattr(self, norm)) for conv, norm in self._layers]
 
     def _residual(self, x: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ def basic_convs(in_channels: int, planes: int, stride: int, dilation: int) -> li
 
 
 def bottleneck_convs(in_channels: int, planes: int, stride: int, dilation: int) -> list[BlockConv]:
-    """1x1, 3x3, 1x1 of the deeper ones, stride and dilation on the 3x3."""
+    """The 1x1, 3x3 and 1x1 convolutions of the deeper networks; the 3x3 has stride and dilation."""
     return [BlockConv('conv1', in_channels, planes, 1),
             BlockConv('conv2', planes, planes, 3, stride, dilation),
             BlockConv('conv3', planes, 4 * planes, 1)]
@@ -106,14 +107,14 @@ class KWResNet(KWBackbone):
     """ResNet whose stages draw their kernels from warehouses (method, section 6).
 
     One warehouse per stage holds all its convolutions, 1x1 and 3x3 alike. In the first block of
-    stages 1 to 3 conv1 and the shortcut's convolution belong to the warehouse of the stage
-    before; the stem is static, and so are in stage 0 of the deeper nets (bottlenecks) the first
-    conv1 and the shortcut's. State-dict keys are torchvision's, cells under
+    stages 1 to 3, conv1 and the shortcut's convolution use the warehouse of the stage before. The
+    stem is static. So are, in stage 0 of the deeper networks (bottlenecks), the first conv1 and the
+    shortcut's convolution. State-dict keys are torchvision's, cells under
     ``warehouse_manager.weights.<stage>``.
 
-    Options are those of ``mmdet.ResNet`` and ``mmseg.ResNet``, save that stride always sits
-    on the 3x3 (``style='pytorch'``), and ``kw_cfg``, ``static``, ``drop_path_rate`` and
-    ``freeze_cells`` are ours.
+    Options are those of ``mmdet.ResNet`` and ``mmseg.ResNet``, except that the stride is always on
+    the 3x3 (``style='pytorch'``), and that ``kw_cfg``, ``static``, ``drop_path_rate`` and
+    ``freeze_cells`` are added.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
@@ -124,17 +125,18 @@ class KWResNet(KWBackbone):
         strides: Stride of each stage's first block.
         dilations: Dilation of each stage.
         contract_dilation: Whether a dilated stage's first block has half the dilation.
-        multi_grid: Dilation of each block of the last stage, in the place of that stage's.
+        multi_grid: Dilation of each block of the last stage, instead of one for the stage.
         out_indices: Stages whose outputs are returned, rising.
         style: ``'pytorch'``.
         deep_stem: Whether three 3x3 convolutions make the stem instead of one 7x7.
-        avg_down: Whether shortcuts average positions away before a convolution of stride 1.
+        avg_down: Whether shortcuts use average pooling and a convolution of stride 1 instead of a
+            strided one.
         frozen_stages: Stem and stages up to this number are frozen: -1 none, 0 the stem, 1 the
             stem and ``layer1``, and so on.
         freeze_cells: Whether to freeze also the cells that frozen layers draw on, though
             trainable layers share them (see ``KWBackbone``).
         norm_cfg: Config of the norms outside the attention.
-        norm_eval: Whether batch norms, the attentions' included, keep to their running statistics
+        norm_eval: Whether batch norms, those in attentions included, use their running statistics
             in training.
         with_cp: Whether to recompute a block's activations in the backward pass to save memory.
         zero_init_residual: Whether each block's last norm starts at zero.
@@ -233,7 +235,7 @@ class KWResNet(KWBackbone):
         return tuple(outputs)
 
     def conv_norm_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """The stem's convolution with the norm right behind it."""
+        """The stem's convolution and the norm directly behind it."""
         return [] if self.deep_stem else [(self.conv1, getattr(self, self._norm1))]
 
     @property
@@ -318,13 +320,13 @@ def _layout(block_convs: Callable[..., list[BlockConv]], in_channels: int, base_
 
 
 def _dynamic_convs(blocks: Sequence[BlockGeometry], avg_down: bool) -> Iterator[ConvSpec]:
-    """The dynamic convolutions in module order, each with the stage whose warehouse it is of."""
+    """The dynamic convolutions in module order, each with the stage whose warehouse it uses."""
     for block in blocks:
         bottleneck = len(block.convs) == 3
         for conv in (*block.convs, block.shortcut):
             if conv is None:
                 continue
-            # What decides is the block's place, not its stride, which dilation takes away.
+            # The block's place decides, not its stride, because dilation may replace that.
             handed_over = block.number == 0 and conv.name in ('conv1', 'downsample')
             if handed_over and block.stage == 0 and (bottleneck or conv.name == 'downsample'):
                 continue  # no stage before it: static
