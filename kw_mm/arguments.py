@@ -18,7 +18,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_flag(value: Any) -> bool:
-    # None, 0 and 1 too: configs have them.
+    # Configs may also use None, 0 and 1.
     return value is None or type(value).__name__ in ('bool', 'bool_') or (
         isinstance(value, Integral) and value in (0, 1))
 
@@ -41,7 +41,8 @@ def _are_dicts(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(map(_is_dict, value))
 
 
-# The parts of annotations that are checked here; arguments with any other part check themselves.
+# Only annotations made of these types are checked here. Functions check all other arguments
+# themselves.
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     'int': (_is_integer, 'an integer'),
     'float': (_is_number, 'a finite number'),
@@ -61,8 +62,8 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 def checks_arguments(*but: str) -> Callable[[Callable], Callable]:
     """A decorator for which an argument of a wrong type is a ``TypeError`` that names it.
 
-    Otherwise such a call would end somewhere inside, in an error about something else. Ranges are
-    left to the function. Annotations must be strings (``from __future__ import annotations``).
+    Without it, the call would fail later with an error about something else. The function itself
+    checks ranges. Annotations must be strings (``from __future__ import annotations``).
 
     Args:
         but: Names of arguments that the function checks itself.

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Assignment:
-    """The cells of one layer and the mixtures they are tied to.
+    """The cells that belong to one layer, and the mixtures they are tied to.
 
     Attributes:
         first_cell: Index of the layer's first own cell in the warehouse.
-        num_cells: How many cells are its own (they are adjacent), spare ones included.
+        num_cells: Number of its own cells, which are adjacent; includes spare ones.
         columns: For each mixture the cell it is tied to, or None for the zero cell.
     """
 
@@ -31,28 +31,28 @@ class Assignment:
 
 
 def floor(value: float) -> int:
-    """``int`` of a positive number that float noise may have put just below an integer."""
+    """``int`` of a positive number, robust to rounding errors just below an integer."""
     return int(value + 1e-9)
 
 
 def assign_cells(mixtures: Sequence[int], num_cells: int, budget: float) -> list[Assignment]:
     """Ties cells to mixtures, one to one, layer after layer (method, section 3).
 
-    The authors' rule wherever it comes out even, i.e. uses up exactly all cells:
+    The authors' rule, where it hands out exactly ``num_cells`` cells:
 
     - ``b >= 1``: each mixture takes the first of the next ``int(b)`` cells;
     - ``b < 1``: with ``r = int(1 / b)``, mixture t of a layer takes the next cell if
       ``t % r == (t // r) % r``, otherwise the zero cell.
 
-    Elsewhere (b = 1.5, 0.3, or a mixture count that r does not divide) a rule of our own in the
-    same sense:
+    Elsewhere (b = 1.5, 0.3, or a mixture count that r does not divide) a similar rule of our own
+    applies:
 
-    - no fewer cells than mixtures: mixture g of the M of all layers takes cell
-      ``g * n // M``; no two share one, and a spare cell belongs to the layer it follows;
-    - fewer: every layer owns a share of cells in proportion to its mixtures, at least one while
-      there are enough. A layer with m mixtures and k cells is cut into k runs of mixtures, and
-      in run i the mixture at ``i % length`` takes the cell, all others the zero cell: as with
-      the authors, the tied position moves along from run to run.
+    - at least as many cells as mixtures: of the M mixtures of all layers, number g takes cell
+      ``g * n // M``; no two share one, and a spare cell belongs to the layer of the cell before it;
+    - fewer cells: each layer owns a number of cells in proportion to its mixtures, and at least one
+      if there are enough. A layer with m mixtures and k cells is cut into k runs of mixtures, and
+      in run i the mixture at ``i % length`` takes the cell, all others the zero cell. As in the
+      authors' rule, the tied position moves by one from run to run.
 
     Args:
         mixtures: Mixtures of each layer, in module order.
@@ -111,22 +111,23 @@ def _spread_tied_mixtures(mixtures: Sequence[int], num_cells: int) -> list[Assig
 
 
 def _shares(mixtures: Sequence[int], num_cells: int) -> list[int]:
-    """Splits cells over layers by their mixtures, at least one each while there are enough."""
+    """Splits cells over layers in proportion to their mixtures; all get one if there are enough."""
     least = 1 if num_cells >= len(mixtures) else 0
     weights = [count - least for count in mixtures] if least else [1] * len(mixtures)
     total, rest = sum(weights), num_cells - least * len(mixtures)
     shares = []
     seen = 0
     for weight in weights:
-        # Differences of one running floor: the shares add up to all cells, none above its layer's
-        # mixtures. With total 0 every layer has one mixture, and then nothing is left to split.
+        # Shares are differences of rounded-down running sums. So they add up to all cells, and no
+        # layer gets more cells than it has mixtures. If total is 0, every layer has one mixture and
+        # nothing is left.
         before, seen = seen, seen + weight
         shares.append(least + (seen * rest // total - before * rest // total if total else 0))
     return shares
 
 
 def _tie(count: int, start: int, tied: Set[int]) -> Assignment:
-    """Gives the tied ones of ``count`` mixtures adjacent cells from ``start`` on."""
+    """Ties some of ``count`` mixtures to adjacent cells, from cell ``start`` on."""
     cells = iter(range(start, start + len(tied)))
     return Assignment(start, len(tied),
                       tuple(next(cells) if t in tied else None for t in range(count)))

@@ -1,4 +1,4 @@
-"""Checkpoint files: checked before a run spends minutes on everything else, read, written."""
+"""Checks, reads and writes checkpoint files."""
 from __future__ import annotations
 
 import re
@@ -12,7 +12,8 @@ import torch
 from . import unpickling
 from .files import replacing
 
-# Since 2.6 torch can be told, by name and object, what a file may hold (``kw_mm.compat`` does).
+# From 2.6 on, torch accepts pairs of a name and an object that files may contain (see
+# ``kw_mm.compat``).
 _TORCH_TAKES_NAMES = torch.__version__ >= '2.6'
 
 
@@ -23,13 +24,13 @@ class TornCheckpointError(ValueError):
 def check_checkpoint(path: str, resume: bool = False) -> dict | None:
     """Checks that a file is a checkpoint. No file can run code here, whatever the torch version.
 
-    Tensors of files in torch's current format are not read, so that it takes little time, unless
-    training is to be resumed: then every byte is compared with the checksums in the file, as a
-    damaged one would be loaded without a word.
+    To save time, the tensors in files of torch's current format are not read. If training is to be
+    resumed, every byte is compared with the checksums in the file, because torch would load a
+    damaged file without an error.
 
     Args:
-        path: Of the checkpoint. Names with a scheme (``https://``, ``torchvision://``) are
-            passed, for they would have to be downloaded.
+        path: Of the checkpoint. Names with a scheme (``https://``, ``torchvision://``) are not
+            checked, because that would take a download.
         resume: Whether training is to be resumed from it, which takes more than weights.
 
     Returns:
@@ -38,7 +39,8 @@ def check_checkpoint(path: str, resume: bool = False) -> dict | None:
     Raises:
         FileNotFoundError: If there is no such file.
         TornCheckpointError: If it is cut off, damaged or no checkpoint.
-        ValueError: If it holds what ``torch.load`` refuses to build, or cannot be resumed from.
+        ValueError: If it contains objects that ``torch.load`` refuses to build, or cannot be
+            resumed from.
     """
     if has_scheme(path):
         return None
@@ -52,7 +54,7 @@ def check_checkpoint(path: str, resume: bool = False) -> dict | None:
 
 def has_scheme(path: str) -> bool:
     """Whether a name is that of something remote (``https://``, ``s3://``, ``torchvision://``)."""
-    # Two letters at least: one is a drive.
+    # A scheme has at least two letters; a single one is a drive on Windows.
     return re.match(r'\w[\w-]+:', path) is not None
 
 
@@ -61,12 +63,12 @@ def read_checkpoint(path: str, allowed: Sequence[type] = ()) -> dict:
 
     Args:
         path: Of the file.
-        allowed: Classes of which the file may hold objects as well.
+        allowed: Further classes whose objects the file may contain.
 
     Raises:
         FileNotFoundError: If there is no such file.
         TornCheckpointError: If it is cut off or no checkpoint.
-        ValueError: If it holds what is not allowed.
+        ValueError: If it contains objects that are not allowed.
     """
     if _TORCH_TAKES_NAMES:
         with torch.serialization.safe_globals(list(allowed)):
@@ -77,7 +79,7 @@ def read_checkpoint(path: str, allowed: Sequence[type] = ()) -> dict:
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: str, overwrite: bool = False) -> None:
-    """Writes a checkpoint, all of it or none: an interrupted one leaves no file of that name.
+    """Writes a checkpoint. If that is interrupted, no file of that name appears.
 
     Args:
         checkpoint: What to write.
@@ -95,7 +97,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str, overwrite: bool =
 
 
 def check_destination(path: str, overwrite: bool = False) -> None:
-    """Checks that a file may be written, before the work is done that fills it.
+    """Checks that a file may be written, before time is spent on its content.
 
     Raises:
         FileExistsError: If there is one and it is not to be replaced.
@@ -122,7 +124,7 @@ def _read(path: str, every_byte: bool = False) -> dict:
         dict(weights_only=True) if _TORCH_TAKES_NAMES else
         dict(weights_only=False, pickle_module=unpickling))
     try:
-        # Mapped, tensors are not read before they are used.
+        # With mmap, tensors are read when they are used.
         checkpoint = torch.load(str(file), map_location='cpu', mmap=is_archive or None, **safely)
     except Exception as error:
         raise _refusal(path, error) from error
@@ -132,14 +134,14 @@ def _read(path: str, every_byte: bool = False) -> dict:
 
 
 def _check_archive(path: str, file: Path, every_byte: bool) -> None:
-    """Checks what torch does not: its words for a torn file say little, damage it overlooks."""
+    """Checks what torch does not: it overlooks damage, and says little about torn files."""
     try:
         with zipfile.ZipFile(file) as archive:
             records = archive.infolist()
-            # torch can be told to write no checksums.
+            # torch has a setting to write no checksums.
             damaged = every_byte and any(r.CRC for r in records) and archive.testzip()
     except (zipfile.BadZipFile, EOFError) as error:
-        # The directory of an archive is its end.
+        # The directory of an archive is at its end, so a torn file has none.
         raise TornCheckpointError(f'checkpoint {path!r} is cut off: its writing was interrupted, '
                                   'or it was not copied to the end') from error
     if damaged:
@@ -159,6 +161,6 @@ def _refusal(path: str, error: Exception) -> ValueError:
             'code when more than tensors and plain values is loaded')
     if isinstance(error, ValueError):
         return ValueError(f'checkpoint {path!r} is refused: {error}')
-    # Not torch's own words, which advise to switch its protection off.
+    # Torch's own message would advise to switch its protection off.
     return TornCheckpointError(
         f'checkpoint {path!r} is cut off or no checkpoint ({type(error).__name__})')

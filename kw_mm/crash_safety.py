@@ -1,8 +1,8 @@
-"""What mmengine writes in training, made to survive a kill, a full disk and a failing power supply.
+"""Makes files that mmengine writes in training survive a kill, a full disk and a power failure.
 
-mmengine truncates a file and then fills it, checkpoint and marker alike, and deletes the old
-checkpoint before it writes the new one: a process that is killed in between leaves less than there
-was. It resumes from whatever the marker names. ``kw_mm.compat`` applies this.
+mmengine truncates checkpoints and the marker before it fills them, and deletes the old checkpoint
+before it writes the new one. A process that is killed in between has lost what was there. mmengine
+also resumes from whatever the marker names. ``kw_mm.compat`` applies this module.
 """
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ from .checkpoint import check_checkpoint
 from .files import replace_text, replacing
 from .resuming import find_whole_checkpoint
 
-# In the message hub, and so in the checkpoint: the numbers of those that it takes the place of.
+# The key in the message hub, and so in the checkpoint, of the numbers of the checkpoints that it
+# replaces.
 _SUPERSEDED = 'superseded_ckpt_ids'
 
 
@@ -40,7 +41,7 @@ def apply() -> None:
     save_checkpoint = _writing_whole(mmengine_checkpoint.save_checkpoint)
     for module in (mmengine_checkpoint, mmengine.runner, mmengine.runner.runner):
         module.save_checkpoint = save_checkpoint
-    checkpoint_hook.open = _open  # for the marker; there it hides the builtin
+    checkpoint_hook.open = _open  # writes the marker; hides the builtin there
     Config.dump = _dumping_whole(Config.dump)
     CheckpointHook._save_checkpoint_with_step = _removing_last(
         _noting_superseded(CheckpointHook._save_checkpoint_with_step))
@@ -50,20 +51,20 @@ def apply() -> None:
 
 
 def choose_checkpoint_(runner: Runner, otherwise: str | None = None) -> bool:
-    """Decides where a run goes on that is to resume from its folder, and says so in the log.
+    """Decides from which checkpoint of its folder a run resumes, and logs it.
 
-    All processes of a distributed run must call it, and go on from the same file.
+    All processes of a distributed run must call it. They resume from the same file.
 
     Args:
-        runner: Of the run. If it resumes from a named file or not at all, nothing happens.
-        otherwise: The weights to start from if there is nothing to resume from.
+        runner: Of the run. If it resumes from a named file or not at all, nothing is changed.
+        otherwise: Checkpoint of the weights to start from if there is nothing to resume from.
 
     Returns:
         Whether it resumes.
 
     Raises:
-        ValueError: If there are checkpoints and none can be resumed from for another reason than
-            that its writing was interrupted.
+        ValueError: If there are checkpoints, none can be resumed from, and not all of them are
+            merely torn.
     """
     if not runner._resume or runner._load_from is not None:
         return bool(runner._resume)
@@ -133,13 +134,13 @@ def _is_on_disk(filename: str, file_client_args: dict | None, backend_args: dict
 
 
 def _is_local(backend: Any) -> bool:
-    # Of the deprecated FileClient, the backend inside it.
+    # The deprecated FileClient has the backend inside.
     return getattr(type(getattr(backend, 'client', backend)), 'put', None) is LocalBackend.put
 
 
 @contextmanager
 def _open(path: str, mode: str = 'r', *args: Any, **kwargs: Any) -> Iterator[Any]:
-    """``open``, but a text is not written before there is all of it."""
+    """``open``, but a text file gets its name only once it is written completely."""
     if mode != 'w':
         with open(path, mode, *args, **kwargs) as stream:
             yield stream
@@ -160,10 +161,10 @@ def _dumping_whole(original: Callable) -> Callable:
 
 
 class _RemovesLater:
-    """A file backend that only notes what it is to remove.
+    """A file backend that notes the files it should remove, and keeps them.
 
     Args:
-        backend: What does everything else.
+        backend: Does everything else.
     """
 
     def __init__(self, backend: Any) -> None:
@@ -181,20 +182,21 @@ class _RemovesLater:
 
     def remove_now(self) -> None:
         for remove, path, noted in self._noted:
-            # The new checkpoint may have the name of the old one, as that of the best of an epoch.
+            # The new checkpoint may have the same name as the old one, e.g. as the best of an
+            # epoch.
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.stat(path), noted):
                     remove(path)
 
 
 def _removing_last(method: Callable) -> Callable:
-    """A method of the hook that removes old checkpoints when the new one and its marker are whole.
+    """Wraps a method of the hook: old checkpoints go once the new one and its marker are written.
 
-    If it fails, as on a full disk, they stay.
+    If writing fails, as on a full disk, they stay.
     """
     @functools.wraps(method)
     def save(self: CheckpointHook, *args: Any, **kwargs: Any) -> None:
-        # Made when a training begins, so that a validation by itself has none.
+        # Created when training begins, because a run that only validates should not have one.
         backend = getattr(self, 'file_backend', None)
         if backend is None or isinstance(backend, _RemovesLater) or not _is_local(backend):
             method(self, *args, **kwargs)
@@ -210,7 +212,7 @@ def _removing_last(method: Callable) -> Callable:
 
 
 def _noting_superseded(method: Callable) -> Callable:
-    """Notes in the checkpoint which one is about to go, in case it does not come to that."""
+    """Notes in a checkpoint which one it replaces: a kill may come before that is removed."""
     @functools.wraps(method)
     def save(self: CheckpointHook, runner: Runner, step: int, *args: Any, **kwargs: Any) -> None:
         kept = list(self.keep_ckpt_ids) if self.max_keep_ckpts > 0 else []
@@ -229,7 +231,7 @@ def _removing_superseded(method: Callable) -> Callable:
         info = runner.message_hub.runtime_info
         if self.max_keep_ckpts <= 0 or _SUPERSEDED not in info or not is_main_process():
             return
-        # Numbers alone, so that a file cannot name others.
+        # Only numbers are noted, so that a checkpoint cannot have any other file removed.
         for step in set(map(int, info[_SUPERSEDED])) - set(self.keep_ckpt_ids):
             path = self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(step))
             if self.file_backend.isfile(path):

@@ -1,4 +1,4 @@
-"""Files that take the place of others: written whole or not at all, whatever ends their writer."""
+"""Replaces files completely or not at all, even if the writing process is killed."""
 from __future__ import annotations
 
 import json
@@ -16,29 +16,30 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-# What a file is called while it is written: hidden, and so that nobody takes it for a checkpoint.
+# The name of a file while it is written. It is hidden and does not look like a checkpoint.
 _SUFFIX = '.unfinished'
-# Where a file system has no locks, only its age tells a dead writer's file from one in the making.
+# Seconds. On file systems without locks, only its age tells whether an unfinished file is
+# abandoned.
 _ABANDONED_SECONDS = 24 * 3600
 
 
 class NotWrittenError(OSError):
-    """A file that could not be written. One that had its name before is as it was."""
+    """A file could not be written. If there was one of that name before, it is unchanged."""
 
 
 @contextmanager
 def replacing(path: str | os.PathLike, durable: bool = True) -> Iterator[BinaryIO]:
-    """A stream whose content appears under a name once it is complete.
+    """A stream whose content appears under its name once it is complete.
 
-    The name stands for what it stood for before until the stream's content is on the disk, then
-    for that. A process that is killed in between leaves an unfinished file beside it, which the
-    next one that writes into the folder removes. Processes that write the same name at a time do
-    not mix; the last wins. A symbolic link stays one, and permissions stay.
+    The old file stays until the new content is on the disk. A process that is killed before leaves
+    an unfinished file beside it, which the next process that writes into the folder removes. If
+    several processes write the same file, the last one wins, and their contents do not mix.
+    Symbolic links and permissions are kept.
 
     Args:
         path: Of the file. Its folder must exist.
-        durable: Whether to wait for the disk, so that the same holds when the power fails. It
-            takes milliseconds, too long for each of thousands of files.
+        durable: Whether to wait for the disk, so that this also holds if the power fails. It takes
+            milliseconds, too long if there are thousands of files.
 
     Raises:
         NotWrittenError: If the disk is full, the folder cannot be written to, or the like.
@@ -61,7 +62,7 @@ def replacing(path: str | os.PathLike, durable: bool = True) -> Iterator[BinaryI
             stream.flush()
             if durable:
                 os.fsync(stream.fileno())
-            if os.name == 'nt':  # which renames no open file
+            if os.name == 'nt':  # which cannot rename an open file
                 stream.close()
             with suppress(OSError):
                 shutil.copymode(target, unfinished)
@@ -72,7 +73,7 @@ def replacing(path: str | os.PathLike, durable: bool = True) -> Iterator[BinaryI
         if unfinished is not None:
             with suppress(OSError):
                 unfinished.unlink()
-        # torch.save turns the error of a stream into one of its own, with the other as context.
+        # torch.save raises an error of its own, which has the stream's error as its context.
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         if not isinstance(cause, OSError):
             raise
@@ -98,15 +99,16 @@ def write_json(path: str | os.PathLike, value: Any, **options: Any) -> None:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """What a JSON file holds, None if there is none or it is torn."""
+    """The content of a JSON file; None if there is none or it is torn."""
     with suppress(FileNotFoundError, ValueError):
         return json.loads(Path(path).read_text(encoding='utf-8'))
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what killed processes left unfinished in a folder, and nothing that is in use."""
+    """Removes files that killed processes left unfinished in a folder, but none that is in use."""
     for leftover in folder.glob(f'.*{_SUFFIX}'):
-        # It may be gone meanwhile, someone else's, or open, which on Windows keeps it.
+        # It may be gone by now, belong to another user, or be open, which prevents removal on
+        # Windows.
         with suppress(OSError):
             if fcntl is None or _is_abandoned(leftover):
                 leftover.unlink()
@@ -120,7 +122,7 @@ def _open_unfinished(target: Path) -> tuple[BinaryIO, Path]:
         if fcntl is not None:
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(stream, fcntl.LOCK_EX)
-        # Before it was locked, another process may have taken it for abandoned.
+        # Between creating and locking it, another process may have removed it as abandoned.
         if path.exists():
             return stream, path
         stream.close()
@@ -138,7 +140,7 @@ def _is_abandoned(path: Path) -> bool:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Puts the names in a folder on the disk, where the platform can."""
+    """Makes the names in a folder durable, on platforms that can."""
     if os.name == 'nt':
         return
     with suppress(OSError):  # not on every file system

@@ -20,7 +20,7 @@ MIN_WIDTH = 16  # of the attention's hidden vector and of a non-local basis
 
 @dataclass(frozen=True)
 class ConvSpec:
-    """Geometry of one convolution that is to be dynamic.
+    """Geometry of a convolution that will be dynamic.
 
     Args:
         name: Unique name, by habit its path in the network (``'layer1.0.conv1'``).
@@ -76,15 +76,15 @@ class ConvSpec:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer's share of a warehouse: all sizes that its tensors have.
+    """How one layer uses a warehouse: the sizes of all its tensors.
 
     Attributes:
         spec: The layer's geometry.
         warehouse: Index of its warehouse.
         num_cells: Cells n of that warehouse.
         cell_shape: ``(c_out, c_in, *k)`` of a cell.
-        grid: ``(S, OG, IG)``: positions, output groups and input groups of cells that tile the
-            kernel; their product is the number of mixtures m (method, sections 2 and 4).
+        grid: ``(S, OG, IG)``, how many cells tile the kernel along positions, output and input
+            channels; their product is the number of mixtures m (method, sections 2 and 4).
         hidden: Width of the attention's hidden vector.
         num_basis: Width of the non-local basis, 0 where the layer attends to every cell directly.
         attn_norm: ``'BN1d'`` or ``'LN'``.
@@ -132,7 +132,7 @@ class Warehouse:
 
     @property
     def num_mixtures(self) -> int:
-        """Mixtures of all layers together; ``num_cells`` over this is the budget in effect."""
+        """Mixtures of all layers together. The actual budget is ``num_cells`` divided by this."""
         return sum(layer.num_mixtures for layer in self.layers)
 
     @property
@@ -147,7 +147,7 @@ class WarehousePlan:
 
     Attributes:
         warehouses: All of them.
-        static: Of a converted network, names of layers that stayed static, with the reason.
+        static: Names of layers that stayed static in a conversion, each with the reason.
     """
 
     warehouses: tuple[Warehouse, ...]
@@ -198,22 +198,22 @@ def plan_warehouses(layers: Iterable[ConvSpec],
                     ) -> WarehousePlan:
     """Decides which layers share which cells.
 
-    Sizes are those of the method, section 2: a cell has the greatest common divisor of its
-    layers' channels, times the plane ratios, and a warehouse ``n = max(int(b * sum_l m_l), 1)``
-    cells. Section 3's assignment follows the order of ``layers``.
+    Sizes follow the method, section 2: the channels of a cell are the greatest common divisors of
+    its layers' channels, times the plane ratios; a warehouse has ``n = max(int(b * sum_l m_l), 1)``
+    cells. The assignment (section 3) follows the order of ``layers``.
 
     Args:
         layers: The dynamic convolutions in module order. Warehouses are numbered by first
             appearance of their key.
         kw_cfg: The settings, an object or a dict of its fields.
-        own_cfgs: Settings of single warehouses by their keys; what a dict leaves out is as
-            ``kw_cfg`` says.
+        own_cfgs: Settings of single warehouses by their keys. Where a dict leaves something out,
+            ``kw_cfg`` applies.
 
     Returns:
         The plan, from which layers and warehouses are built.
 
     Raises:
-        ValueError: If two layers have one name, a tuple of ratios has not one entry for each
+        ValueError: If two layers have the same name, a tuple of ratios does not have one entry per
             warehouse, or cells cannot tile a layer.
         TypeError: If ``kw_cfg`` is of a wrong type.
     """
@@ -238,7 +238,7 @@ def plan_warehouses(layers: Iterable[ConvSpec],
 
 
 def count_mixtures(specs: Sequence[ConvSpec], config: WarehouseConfig) -> list[int]:
-    """Mixtures of each of the layers if they were to share one warehouse.
+    """The number of mixtures of each layer if all layers shared one warehouse.
 
     Raises:
         ValueError: If they cannot.
@@ -247,7 +247,7 @@ def count_mixtures(specs: Sequence[ConvSpec], config: WarehouseConfig) -> list[i
     return [math.prod(_grid(0, spec, cell_shape, config)) for spec in specs]
 
 
-# What follows takes the settings of one warehouse, which are single values.
+# From here on, functions take the settings of one warehouse, which are single values.
 
 
 def _plan_warehouse(index: int, key: Hashable, specs: list[ConvSpec], config: Any) -> Warehouse:
@@ -259,7 +259,7 @@ def _plan_warehouse(index: int, key: Hashable, specs: list[ConvSpec], config: An
     for spec, grid, assignment in zip(
             specs, grids, assign_cells(mixtures, num_cells, config.cell_num_ratio)):
         num_nonlocal = num_cells - assignment.num_cells
-        # A layer that owns every cell has nothing non-local to reach through a basis.
+        # A layer that owns every cell needs no basis, which is for the cells of other layers.
         use_basis = config.nonlocal_basis_ratio < 1 and num_nonlocal > 0
         layers.append(LayerPlan(
             spec=spec,

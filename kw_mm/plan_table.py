@@ -1,4 +1,4 @@
-"""A plan for people to read: a table, and what stayed static."""
+"""Prints a plan: a table, and the layers that stayed static."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
@@ -22,7 +22,7 @@ def describe_plan(plan: WarehousePlan) -> str:
                 *shared, layer.spec.name or '-', _times(layer.spec.weight_shape),
                 f'{layer.num_mixtures:,}', layer.assignment.label,
                 f'{layer.num_attention_parameters:,}'))
-            shared = ('', '')  # a warehouse is named on its first line alone
+            shared = ('', '')  # only the first line of a warehouse names it
     return '\n'.join((
         format_table(('warehouse', 'cells', 'layer', 'weight', 'mixtures', 'own cells',
                       'attention'), rows, right=(4, 6)),
@@ -35,7 +35,7 @@ def describe_plan(plan: WarehousePlan) -> str:
 
 
 def describe_static(static: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """One line for each reason why layers stayed static, of names and reasons."""
+    """One line for each reason why layers stayed static, from pairs of name and reason."""
     reasons: dict[str, list[str]] = {}
     for name, reason in static:
         reasons.setdefault(reason, []).append(name)

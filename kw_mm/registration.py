@@ -1,4 +1,4 @@
-"""The one place that hands our classes to OpenMMLab.
+"""The only place where our classes are registered with OpenMMLab.
 
 Everything goes into the root registries of mmengine, so that a bare ``type='KWResNet'`` resolves
 from MMDetection and MMSegmentation configs alike.

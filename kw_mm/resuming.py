@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest in its folder that is whole."""
+"""Finds the checkpoint that a run resumes from: the newest whole one in its folder."""
 from __future__ import annotations
 
 import os
@@ -12,20 +12,20 @@ from typing import Any
 from .checkpoint import TornCheckpointError, check_checkpoint, has_scheme
 
 MARKER = 'last_checkpoint'
-# What mmengine's CheckpointHook calls its files, those of the best ones apart: these lack the
-# optimizer.
+# How mmengine's CheckpointHook names its files. Those of the best checkpoints are not here, because
+# they lack the optimizer.
 TEMPLATES = ('epoch_{}.pth', 'iter_{}.pth')
 
 
 @dataclass
 class Found:
-    """A checkpoint to resume from, and what there is to say of it.
+    """A checkpoint to resume from, and why others were not taken.
 
     Attributes:
-        folder: Where was looked.
+        folder: The work directory that was searched.
         path: Of the newest whole checkpoint; None if there is none.
-        passed: Why what is newer, or was named, is not taken, each a clause.
-        is_lost: Whether one of those that were passed is something else than torn.
+        passed: For each newer or named checkpoint that was not taken, a clause that says why.
+        is_lost: Whether one of these has another fault than being torn.
     """
 
     folder: str
@@ -45,26 +45,27 @@ class Found:
 def find_whole_checkpoint(folder: str, places: Sequence[tuple[str, str]] = ()) -> Found:
     """Finds the newest whole checkpoint of a run, whatever its marker holds.
 
-    mmengine's marker, the file ``last_checkpoint``, names the checkpoint that was written last,
-    but it can be empty or torn, and what it names deleted or torn. What it names is taken if that
-    is whole, unless a later checkpoint of the run is there too, whose marker was never written.
-    Otherwise all checkpoints in the folder are considered. Newer is what was written later by the
-    time inside the file, not its number: an earlier, longer run may have left its own.
+    mmengine's marker, the file ``last_checkpoint``, names the checkpoint that was written last. But
+    the marker can be empty or torn, and the file it names deleted or torn. That file is taken if it
+    is whole, unless the run has written a later checkpoint and was killed before it wrote the
+    marker. Otherwise all checkpoints in the folder are considered. The time inside a file tells
+    which is newest, not the number in its name, because an earlier, longer run may have left higher
+    numbers.
 
     Args:
         folder: The work directory of the run.
-        places: Where else checkpoints may lie: folders, each with the template of the names.
+        places: Other folders with checkpoints, each with the template of their names.
 
     Returns:
         What was found, or that there is nothing.
 
     Raises:
-        ValueError: If there are checkpoints, none of them whole, and not all of them are torn. To
-            start from the beginning would be to write over them.
+        ValueError: If there are checkpoints, none can be resumed from, and not all of them are
+            torn. A fresh start would overwrite them.
     """
     found = Found(str(folder))
     marked = _read_marker(found)
-    if marked and has_scheme(marked):  # remote, where it cannot be checked
+    if marked and has_scheme(marked):  # remote files cannot be checked
         found.path = marked
         return found
     places = [(folder, template) for template in TEMPLATES] + list(places)
@@ -91,14 +92,14 @@ def _read_marker(found: Found) -> str | None:
     """The path in the marker of a folder, if there is such a file."""
     marker = Path(found.folder, MARKER)
     try:
-        # A failing power supply can leave zeros.
+        # After a power failure a file may consist of zeros.
         text = marker.read_bytes().decode(errors='replace').strip('\0 \t\r\n')
     except OSError:
         return None
     if not text:
         found.passed.append(f'{MARKER} is empty')
         return None
-    # Relative to where that run was started; and the folder may have been moved since.
+    # The path is relative to the folder in which that run was started, and may have changed since.
     for path in (text, os.path.join(found.folder, os.path.basename(text))):
         if has_scheme(path) or os.path.isfile(path):
             return path
@@ -121,7 +122,7 @@ def _list(places: Iterable[tuple[str, str]]) -> dict[str, tuple[str, str, int]]:
 
 
 def _take_newest(found: Found, paths: list[str], than: tuple[str, int] = ('', -1)) -> None:
-    """Takes the newest whole one, if any is newer; those that had to be passed are noted."""
+    """Takes the newest whole checkpoint that is newer than ``than``, and notes torn ones."""
     ages = {}
     for path in paths:
         try:
@@ -146,7 +147,7 @@ def _pass(found: Found, error: Exception) -> None:
 
 def _written(path: str) -> tuple[str, int]:
     """When a checkpoint was written, and after how many iterations."""
-    # By the time inside; copying a file can give it a new one.
+    # From the time inside the file, because copying can change the file's own time.
     meta = (check_checkpoint(path) or {}).get('meta')
     meta = meta if isinstance(meta, dict) else {}
     stamp = meta.get('time') or time.strftime(

@@ -1,6 +1,6 @@
 """Plain text tables, for what we print.
 
-Ours, for the core needs torch alone: a library of tables would be a second package to install.
+We have no library for this, because the core should need no package but torch.
 """
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[str]],
     Args:
         header: Column titles.
         rows: The cells, as many in each row as there are titles.
-        right: Indices of the columns to align on the right, numbers for the most part.
+        right: Indices of the columns to align on the right, usually numbers.
     """
     lines = [tuple(header), *map(tuple, rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]

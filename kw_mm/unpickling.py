@@ -1,8 +1,8 @@
-"""Checkpoints on versions of torch that cannot be told which names a file may hold.
+"""Reads checkpoints safely on versions of torch that cannot be given a list of allowed names.
 
-There ``torch.load`` either builds whatever a file asks for, which can be any code, or refuses the
-logged history in every checkpoint of mmengine. Handed to it as ``pickle_module``, this module
-builds what torch itself deems safe and what was allowed here, and nothing else.
+There ``torch.load`` either builds whatever a file asks for, which can run any code, or refuses the
+logged history that every checkpoint of mmengine contains. Passed as ``pickle_module``, this module
+builds only what torch considers safe and what was allowed here.
 """
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import _weights_only_unpickler as torch_unpickler
 
 __all__ = ['Unpickler', 'allow', 'allowing', 'load']
 
-# Protocol 2, which torch.save writes, has the names of Python 2.
+# torch.save writes protocol 2, which uses the module names of Python 2.
 _PYTHON_3 = {'__builtin__': 'builtins', 'copy_reg': 'copyreg'}
 
 _allowed: dict[str, Any] = {}
@@ -28,14 +28,15 @@ def allow(names: Mapping[str, Any]) -> None:
     """Allows names in all files from now on.
 
     Args:
-        names: What to build for each full name; need not be what bears the name in Python.
+        names: The object to build for each full name. It may differ from the one that has this name
+            in Python.
     """
     _allowed.update(names)
 
 
 @contextmanager
 def allowing(names: Mapping[str, Any]) -> Iterator[None]:
-    """Allows names for the time being."""
+    """Allows names within a context."""
     before = dict(_allowed)
     _allowed.update(names)
     try:
@@ -46,28 +47,28 @@ def allowing(names: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """Stands in for ``codecs.encode``, which protocol 2 has for bytes."""
+    """Replaces ``codecs.encode``, with which protocol 2 stores bytes."""
     if encoding != 'latin1':
         raise pickle.UnpicklingError(f"a checkpoint encodes bytes as 'latin1', not {encoding!r}")
     return text.encode('latin1')
 
 
-# Of plain Python; old versions of torch lack some of them.
+# Names of plain Python, some of which old versions of torch do not allow.
 _PLAIN = {'_codecs.encode': _encode, 'builtins.bytearray': bytearray, 'builtins.complex': complex,
           'builtins.set': set, 'collections.Counter': Counter,
           'collections.OrderedDict': OrderedDict, 'torch.device': torch.device,
           **{str(kind): kind for kind in vars(torch).values() if isinstance(kind, torch.dtype)}}
 
 
-class Unpickler(pickle._Unpickler):  # the one written in C calls whatever is on the stack
-    """Builds objects of allowed names alone, and calls and fills nothing else."""
+class Unpickler(pickle._Unpickler):  # the one in C calls whatever is on the stack
+    """Builds objects of allowed names only, and neither calls nor fills any others."""
 
     dispatch = dict(pickle._Unpickler.dispatch)  # methods by opcode
 
     def __init__(self, file: BinaryIO, **kwargs: Any) -> None:
         super().__init__(file, **kwargs)
         self._names = {**torch_unpickler._get_allowed_globals(), **_PLAIN, **_allowed}
-        # By identity: to compare would be to call methods of what the file built.
+        # By identity, because comparing would call methods of objects that the file has built.
         self._known = set(map(id, self._names.values()))
 
     def find_class(self, module: str, name: str) -> Any:
@@ -96,7 +97,7 @@ class Unpickler(pickle._Unpickler):  # the one written in C calls whatever is on
 
     def load_build(self) -> None:
         kind = type(self.stack[-2])
-        # No file names the classes of dtypes.
+        # No file contains the classes of dtypes.
         self._check_known(np.dtype if issubclass(kind, np.dtype) else kind)
         super().load_build()
 
@@ -118,7 +119,7 @@ class Unpickler(pickle._Unpickler):  # the one written in C calls whatever is on
 
     def load_binpersid(self) -> None:
         pid = self.stack[-1]
-        # The old format has numbers; it also knows modules, with their source.
+        # Storages of the old format have numbers. It can also contain modules with their source.
         if type(pid) is not int and not (type(pid) is tuple and pid[:1] in (
                 ('storage',), (b'storage',))):
             raise pickle.UnpicklingError('Unsupported persistent id')
@@ -132,12 +133,12 @@ class Unpickler(pickle._Unpickler):  # the one written in C calls whatever is on
         pickle.APPEND[0]: load_append, pickle.APPENDS[0]: load_appends,
         pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems,
         pickle.BINPERSID[0]: load_binpersid})
-    # Other ways to make objects, which no writer of checkpoints takes.
+    # Further opcodes that create objects; no program that writes checkpoints uses them.
     dispatch.update(dict.fromkeys(
         (code[0] for code in (pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2,
                               pickle.EXT4, pickle.ADDITEMS, pickle.PERSID)), refuse))
 
 
 def load(file: BinaryIO, **kwargs: Any) -> Any:
-    """What ``pickle.load`` is to pickle; torch calls it for files of its old format."""
+    """Same as ``pickle.load``; torch calls it for files of its old format."""
     return Unpickler(file, **kwargs).load()

@@ -12,8 +12,8 @@ __version__ = '0.1.0'
 
 REQUIRES_PYTHON = '>=3.10'
 
-# By the name pip knows. What mmdet 3.3 and mmsegmentation 1.2 assert about mmcv is the same. What
-# was run is in docs/versions.md.
+# By the names that pip uses. mmdet 3.3 and mmsegmentation 1.2 assert the same range of mmcv.
+# docs/versions.md lists the versions that were tested.
 SUPPORTED = {
     'torch': '>=2.1',
     'mmengine': '>=0.10.0,<0.11',
@@ -26,7 +26,7 @@ SUPPORTED = {
     'onedl-mmsegmentation': '>=1.3,<1.5',
 }
 
-# The maintained fork of OpenMMLab installs the same modules under names of its own.
+# The maintained fork of OpenMMLab installs the same modules from other packages.
 FORKS = {
     'mmengine': 'onedl-mmengine',
     'mmcv': 'onedl-mmcv',
@@ -35,7 +35,7 @@ FORKS = {
 }
 
 # mmengine resolves `mmdet::...` configs with pkg_resources, which setuptools 82 removed. Not in
-# SUPPORTED because neither the core of kw_mm, without mmengine, nor the fork minds.
+# SUPPORTED, because the core of kw_mm without mmengine, and the fork, work with it.
 SETUPTOOLS = '<82'
 
 
@@ -48,15 +48,15 @@ def installed_version(package: str) -> str | None:
 
 
 def distribution(package: str, versions: Mapping[str, str | None]) -> str:
-    """Returns under which name a package of OpenMMLab is installed, or should be.
+    """Returns the name under which a package of OpenMMLab is installed, or should be.
 
     Args:
         package: Upstream's name.
         versions: Installed version of each distribution, or None.
 
     Returns:
-        The fork's name if the fork is installed, or if the package is absent and others are the
-        fork's; else upstream's.
+        The fork's name if the fork's package is installed, or if neither is and other packages are
+        the fork's; otherwise upstream's.
     """
     fork = FORKS.get(package)
     if fork is None or versions.get(package) is not None:
@@ -68,10 +68,10 @@ def distribution(package: str, versions: Mapping[str, str | None]) -> str:
 def is_supported(package: str, found: str) -> bool:
     """Tells whether a version lies in the supported range of a package.
 
-    Pre-releases and local versions (``2.13.0+cpu``) count by their number. A version that is no
-    PEP 440 version comes from someone's own build and is let through.
+    Pre-releases and local versions (``2.13.0+cpu``) are compared by their number alone. Versions
+    that do not follow PEP 440 come from private builds and are accepted.
     """
-    # Not at the top: a build environment has no packaging.
+    # Imported here, because a build environment has no packaging.
     from packaging.specifiers import SpecifierSet
     from packaging.version import InvalidVersion, Version
 
@@ -83,7 +83,7 @@ def is_supported(package: str, found: str) -> bool:
 
 def install_command(package: str, pip: str = 'pip') -> str:
     """Returns what to type to get a supported version of a package."""
-    # A build in isolation sees no torch and silently leaves mmcv without its operators.
+    # In an isolated build there is no torch, and mmcv is silently built without its operators.
     option = '--no-build-isolation ' if package in ('mmcv', 'onedl-mmcv') else ''
     return f'{pip} install {option}"{package}{SUPPORTED[package]}"'
 

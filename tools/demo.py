@@ -1,9 +1,8 @@
-"""The main job in small: trains and tests a KW model on the generated shapes data set.
+"""Trains and tests a small KW model on the generated shapes data set.
 
-That is a Mask R-CNN, or with ``--config configs/demo/fpn_kw1x-r18_shapes.py`` a Semantic FPN. What
-an earlier call finished is used again: the data set, the trained model, or the last epoch of a
-training that was interrupted. A data set of another size, and what is trained on it, have folders
-of their own.
+It is a Mask R-CNN, or with ``--config configs/demo/fpn_kw1x-r18_shapes.py`` a Semantic FPN. Results
+of an earlier call are used again: the data set, the trained model, or the last epoch of an
+interrupted training. For a data set of another size, other folders are used.
 """
 from __future__ import annotations
 
@@ -34,9 +33,9 @@ TIME_FILE = 'training_seconds.json'
 
 
 class Task(NamedTuple):
-    """What depends on the toolbox: the closing table, and how predictions are drawn.
+    """What depends on the toolbox: the final table, and how predictions are drawn.
 
-    Figures are keyed by what the table says; their names in the metrics, and the whole.
+    Figures map their names in the table to their names in the metrics and their maximum.
     """
 
     title: str
@@ -103,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def set_folders_(args: argparse.Namespace) -> None:
-    """Fills in the folders that were not given: others for another number of images."""
+    """Sets the folders that were not given; they depend on the number of images."""
     sizes = (args.num_train, args.num_val)
     suffix = '' if sizes == NUM_IMAGES else '-{}-{}'.format(*sizes)
     name = 'demo' if Config.fromfile(args.config).default_scope == 'mmdet' else 'demo-seg'
@@ -112,7 +111,7 @@ def set_folders_(args: argparse.Namespace) -> None:
 
 
 def options(args: argparse.Namespace) -> dict[str, Any]:
-    """What the arguments change in the config, by dotted names."""
+    """The changes that the arguments make to the config, by dotted names."""
     changes = use_shapes(args.data, args.config)
     if args.epochs:
         changes['train_cfg.max_epochs'] = args.epochs
@@ -120,7 +119,7 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def train(args: argparse.Namespace) -> str:
-    """Trains to the end, from wherever an earlier call got to, and notes the time it took."""
+    """Trains to the end, starting where an earlier call stopped, and notes the time it took."""
     record = Path(args.work_dir, TIME_FILE)
     before = read_json(record) if find_whole_checkpoint(args.work_dir).path else None
     start = time.perf_counter()
@@ -130,7 +129,7 @@ def train(args: argparse.Namespace) -> str:
 
 
 def draw(runner: Runner, folder: Path) -> Path:
-    """Draws the first images of the test set: ground truth on the left, predictions right."""
+    """Draws the first images of the test set with ground truth (left) and predictions (right)."""
     dataset = runner.test_dataloader.dataset
     runner.visualizer.dataset_meta = dataset.metainfo
     runner.model.eval()
@@ -147,7 +146,7 @@ def draw(runner: Runner, folder: Path) -> Path:
 
 
 def closing_table(runner: Runner, metrics: dict[str, float]) -> str:
-    """What came out, in a few lines."""
+    """The results in a few lines."""
     seconds = read_json(Path(runner.work_dir, TIME_FILE)) or float('nan')
     plan = runner.model.backbone.plan
     task = TASKS[runner.cfg.default_scope]

@@ -1,8 +1,8 @@
-"""Writes what a trained detector or segmentor finds in images, as pictures and for programs.
+"""Writes the predictions of a trained detector or segmentor as pictures and as data.
 
-OUT_DIR/vis has the pictures, named as the images. A detector's predictions are in
-OUT_DIR/predictions.json, all of them whatever their score, in COCO's format; a segmentor's in
-OUT_DIR/pred, a PNG for each image whose pixels are the numbers of their classes, from 0.
+OUT_DIR/vis has the pictures, named as the images. A detector's predictions of any score are in
+OUT_DIR/predictions.json, in COCO's format. A segmentor's are in OUT_DIR/pred: one PNG for each
+image, whose pixels are the numbers of their classes, from 0.
 """
 from __future__ import annotations
 

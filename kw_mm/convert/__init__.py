@@ -1,4 +1,4 @@
-"""From static modules to KernelWarehouse ones, weights included; needs nothing but torch."""
+"""Converts static modules to KernelWarehouse ones, with their weights; needs torch only."""
 from .conversion import convert_to_kw_, plan_conversion
 from .forms import PlainConv, treat_as_plain
 from .known_forms import SamePadding

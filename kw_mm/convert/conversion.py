@@ -37,60 +37,61 @@ def convert_to_kw_(module: nn.Module, kw_cfg: WarehouseConfig | Mapping[str, Any
                    linear: bool = False) -> ConvertedPlan:
     """Makes the convolutions of a module dynamic, in place, starting from their weights.
 
-    At temperature 0 the module computes what it did before if the budget is at least 1;
-    below that, kernels are the best approximation that so few cells allow (``plan.start``). The
-    module is the same object with the same attributes, and a child ``warehouse_manager`` that owns
-    all cells. Device, dtype, training mode and ``requires_grad`` are kept: a layer's attention
-    learns if its weight did, a warehouse's cells if any of its layers did. Build optimizers
-    afterwards.
+    At temperature 0 the module computes what it did before if the budget is at least 1; below that,
+    kernels are the best approximation that so few cells allow (``plan.start``). The module stays
+    the same object with the same attributes, and gets a child ``warehouse_manager`` that owns all
+    cells. Device, dtype, training mode and ``requires_grad`` are kept: a layer's attention is
+    trainable if its weight was, a warehouse's cells if the weight of any of its layers was. Build
+    optimizers afterwards.
 
-    Converted is what is exactly an ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``, and with
-    ``linear`` an ``nn.Linear``, or of a type known or declared to compute the same in its own way
-    (``treat_as_plain``): mmcv's and timm's convolutions that pad their input by its size or
-    standardise their weight. The weight that such a layer convolves with is the one that its KW
-    layer starts from. What stays static, and why, is in ``plan.static``:
+    Layers of exactly these types are converted: ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``, with
+    ``linear`` also ``nn.Linear``, and types that compute the same in another way, if that is known
+    or declared (``treat_as_plain``). Known are mmcv's and timm's convolutions that pad their input
+    depending on its size or standardise their weight. Their KW layers start from the weight after
+    it was standardised. Everything else stays static, with the reason in ``plan.static``:
 
     - other subclasses (deformable, lazy, ...; those of known types, too) and transposed
       convolutions;
     - layers with hooks, parametrizations (weight and spectral norm), parameters that their type
-      does not have, or a replaced ``forward``, with a parameter that another module has too, or
-      that an attribute holds beside the module tree;
+      does not have, a replaced ``forward``, or a parameter that another module has too, and layers
+      that are also stored in an attribute outside the module tree (e.g. in a list);
     - what ``filter_fn`` leaves out;
-    - unless a group asks for it: linear layers inside an attention (a module whose name or class
-      says attention, attn or MSA), layers with fewer than 16 input channels, everything inside a
-      network that is a KW one already, and what ``group_by_stage`` finds too small.
+    - unless a group names them: linear layers inside an attention (a module whose name or class
+      contains attention, attn or MSA), layers with fewer than 16 input channels, all layers inside
+      a network that is a KW one already, and layers that ``group_by_stage`` finds too small.
 
-    A layer that stands at several places stays shared: the same KW layer comes to all of them. KW
-    layers that are there already are passed over. If an error is raised, nothing has changed.
+    A layer that is used at several places stays shared: the same KW layer replaces it at all of
+    them. Existing KW layers are left alone. If an error is raised, nothing has changed.
 
-    A linear layer takes the first dimension of its input for the samples, which each have a kernel
-    of their own. In a head that sees every region of interest as a sample, convolutions do too,
-    and kernels by the thousand are the price.
+    Each sample gets its own kernel, and the first dimension of the input counts as samples, for
+    linear layers too. In a head whose first dimension is regions of interest, each region gets a
+    kernel, which is thousands of kernels.
 
     Args:
         module: Any module but a layer, a plain list of modules or a wrapper for distributed
             training.
         kw_cfg: Settings of the warehouses, a dict of ``WarehouseConfig``'s fields or the object.
         groups: Which layers share a warehouse: a sequence of groups or a mapping from names to
-            them. A group is a glob (as in ``fnmatch``: ``*`` spans dots, too) of whole paths, such
-            as ``'layer1.*.conv[12]'``, a list of globs, or ``dict(pattern=..., kw_cfg=...)``, whose
-            settings have those of ``kw_cfg`` for what they leave out. Layers of no group stay
-            static. None finds groups from the module tree, see ``group_by_stage``.
-        filter_fn: ``(layer, path) -> bool``; False leaves a layer static. A shared layer is asked
-            for with each of its paths.
+            them. A group is a glob of whole paths, such as ``'layer1.*.conv[12]'`` (as in
+            ``fnmatch``, where ``*`` also matches dots), a list of globs, or
+            ``dict(pattern=..., kw_cfg=...)`` with settings that take precedence over ``kw_cfg``.
+            Layers of no group stay static. None finds groups from the module tree, see
+            ``group_by_stage``.
+        filter_fn: ``(layer, path) -> bool``; False leaves a layer static. It is called with each
+            path of a shared layer.
         linear: Whether to convert linear layers, too; by default those of MLPs, see above.
 
     Returns:
         The plan, which prints as a table with what stayed static; ``plan.start`` has the errors.
 
     Raises:
-        TypeError: If an argument is of a wrong type, or what ``treat_as_plain`` was given returns
-            something of a wrong type.
+        TypeError: If an argument, or the result of a form given to ``treat_as_plain``, is of a
+            wrong type.
         ValueError: If the module is itself a layer (``KWConv2d.from_conv`` makes a new one), a
-            list, or a wrapper; has a ``warehouse_manager`` already, as after an earlier
-            conversion; if nothing is left to convert; if a group matches nothing, two match one
-            layer, or the layers of one cannot share; if a layer does not compute what was declared
-            of its type; or if a setting is out of range.
+            list, or a wrapper; has a ``warehouse_manager`` already, as after an earlier conversion;
+            if no layer can be converted; if a group matches nothing, two groups match the same
+            layer, or the layers of a group cannot share; if a layer does not compute what was
+            declared for its type; or if a setting is out of range.
     """
     return plan_conversion(module, kw_cfg, groups, filter_fn, linear).apply_()
 
@@ -101,7 +102,7 @@ class ConvertedPlan(WarehousePlan):
 
     Attributes:
         start: How well each warehouse reproduces the static kernels it started from; prints as a
-            table. None if nothing did.
+            table. None if weights are random.
     """
 
     start: StartReport | None = None
@@ -109,7 +110,7 @@ class ConvertedPlan(WarehousePlan):
 
 @dataclass(frozen=True)
 class Conversion:
-    """A conversion that is decided but not done.
+    """A conversion that is planned but not yet done.
 
     Attributes:
         module: What is to be converted.
@@ -122,7 +123,7 @@ class Conversion:
     layers: tuple[Candidate, ...]
 
     def apply_(self, start: bool = True) -> ConvertedPlan:
-        """Does it.
+        """Does the conversion.
 
         Args:
             start: Whether to start from the layers' weights; otherwise weights are random.
@@ -173,7 +174,7 @@ def plan_conversion(module: nn.Module,
                     kw_cfg: WarehouseConfig | Mapping[str, Any] | None = None,
                     groups: Groups | None = None, filter_fn: FilterFn = None,
                     linear: bool = False) -> Conversion:
-    """Decides what ``convert_to_kw_`` would do, and changes nothing; same arguments, same errors.
+    """Plans what ``convert_to_kw_`` would do and changes nothing; same arguments, same errors.
 
     ``print(plan_conversion(module).plan)`` shows it.
     """

@@ -1,4 +1,4 @@
-"""Types of layers that compute a convolution in their own way, and what that convolution is."""
+"""Types of layers that compute a convolution in another way, and which convolution it is."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,8 @@ from torch.func import functional_call
 
 from ..layers import KWConv1d, KWConv2d, KWConv3d, KWLinear
 
-# What is converted, and to what. Subclasses may compute something else, unless they are declared.
+# The types that are converted, with their KW types. Subclasses are not, because they may compute
+# something else, unless they are declared.
 CONVERTIBLE: dict[type[nn.Module], type[KWConv1d | KWConv2d | KWConv3d | KWLinear]] = {
     nn.Conv1d: KWConv1d, nn.Conv2d: KWConv2d, nn.Conv3d: KWConv3d, nn.Linear: KWLinear}
 
@@ -20,19 +21,19 @@ _BY_DIMS = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
 @dataclass(frozen=True, eq=False)
 class PlainConv:
-    """What a layer computes, as a convolution or linear layer of torch's: its settings and weights.
+    """A convolution or linear layer of torch that computes the same as a layer.
 
     Attributes:
-        weight: The weight with which it convolves, ``(out, in / groups, *k)``; ``(out, in)`` of a
-            linear layer, for which no more than the bias applies of what follows.
+        weight: The effective weight, ``(out, in / groups, *k)``; ``(out, in)`` for a linear layer,
+            which has only ``weight``, ``bias`` and ``training``.
         bias: ``(out,)`` or None.
-        stride: As that of ``nn.Conv2d``; so are the next four.
+        stride: As in ``nn.Conv2d``, like the next four.
         padding: Added after ``pad_input``.
         dilation: Spacing of the kernel's positions.
         groups: Convolution groups.
         padding_mode: ``'zeros'``, ``'reflect'``, ``'replicate'`` or ``'circular'``.
-        pad_input: A module without parameters that the input goes through first, for padding that
-            depends on the input's size, say; or None.
+        pad_input: A module without parameters that the input passes first, e.g. for padding that
+            depends on the input's size; or None.
         training: Whether the layer is in training mode.
     """
 
@@ -48,11 +49,11 @@ class PlainConv:
 
     @classmethod
     def of(cls, layer: nn.Module, **changes: Any) -> PlainConv:
-        """What a layer would compute if it were plain, with some fields changed.
+        """Reads the form from the attributes of a layer, with some fields changed.
 
         Args:
-            layer: Has torch's attributes: ``weight``, ``bias``, ``stride``, ...
-            changes: Fields that are otherwise.
+            layer: A layer with torch's attributes: ``weight``, ``bias``, ``stride``, ...
+            changes: Fields that replace those of the layer.
         """
         own = {field.name: getattr(layer, field.name) for field in fields(cls)
                if field.name != 'pad_input' and hasattr(layer, field.name)}
@@ -73,16 +74,16 @@ class PlainConv:
         """One entry for each spatial dimension, none for a linear layer."""
         return tuple(self.weight.shape[2:])
 
-    # As a linear layer has them.
+    # The names of a linear layer.
     in_features, out_features = in_channels, out_channels
 
     def without_values(self) -> PlainConv:
-        """The same with tensors that have a shape only."""
+        """A copy whose tensors have a shape, but no values."""
         return replace(self, weight=self.weight.detach().to('meta'),
                        bias=None if self.bias is None else self.bias.detach().to('meta'))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """What the layer makes of ``x``, computed by torch's own layer."""
+        """The layer's output for ``x``, computed by torch's own functions."""
         tensors = {'weight': self.weight}
         if self.bias is not None:
             tensors['bias'] = self.bias
@@ -97,7 +98,7 @@ class PlainConv:
 
 
 def as_it_stands(layer: nn.Module) -> PlainConv:
-    """The form of what computes just what its settings and its weight say."""
+    """The form of a layer that computes what its type in torch would with its attributes."""
     return PlainConv.of(layer)
 
 
@@ -108,21 +109,22 @@ FORMS: dict[type[nn.Module] | str, Form] = {kind: as_it_stands for kind in CONVE
 
 
 def treat_as_plain(subclass: type[nn.Module] | str, form: Form | None = None) -> None:
-    """Declares what a subclass of a convertible type computes, so that it is converted.
+    """Declares what a subclass of a convertible type computes, so that its layers are converted.
 
-    It counts for exactly this type, not for subclasses of it, and replaces what was declared
-    before. ``convert_to_kw_`` compares each such layer with what its form says, on a random input.
+    The declaration holds for exactly this type, not for its subclasses, and replaces an earlier
+    one. ``convert_to_kw_`` compares the output of each such layer with that of its form, for a
+    random input.
 
     Args:
         subclass: Of ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d`` or ``nn.Linear``; or its path,
             ``'package.module.Class'``, so that it need not be imported.
-        form: Returns the ``PlainConv`` that a layer of the type amounts to. It is called in
-            ``no_grad``, again whenever a static state dict is loaded, and may not change the
-            layer. None if the type computes what the one that it derives from does.
+        form: Takes a layer of the type and returns the ``PlainConv`` that computes the same. It is
+            called in ``no_grad``, again whenever a static state dict is loaded, and may not change
+            the layer. None if the type computes the same as the type that it derives from.
 
     Raises:
-        TypeError: If ``subclass`` is neither, or ``form`` cannot be called.
-        ValueError: If the path is none.
+        TypeError: If ``subclass`` is neither such a type nor a path, or ``form`` cannot be called.
+        ValueError: If the path is not a full path.
     """
     if isinstance(subclass, str):
         if not all(map(str.isidentifier, subclass.split('.'))) or '.' not in subclass:
@@ -143,28 +145,28 @@ def find_base(kind: type[nn.Module]) -> type[nn.Module] | None:
 
 
 def find_form(kind: type[nn.Module]) -> Form | None:
-    """What is declared of a type; None if nothing is."""
+    """The declared form of a type; None if there is none."""
     return FORMS.get(kind) or FORMS.get(f'{kind.__module__}.{kind.__qualname__}')
 
 
 def has_own_form(layer: nn.Module) -> bool:
-    """Whether a layer's state is more, or means something else, than a weight and a bias."""
+    """Whether a form other than torch's own is declared for a layer's type."""
     return find_form(type(layer)) not in (None, as_it_stands)
 
 
 @torch.no_grad()
 def read_plain(layer: Any, name: str) -> PlainConv:
-    """The plain convolution that a layer amounts to; it learns if the layer does.
+    """The plain convolution that computes the same as a layer; trainable if the layer is.
 
     Args:
         layer: Of a convertible or declared type.
         name: Its path, for messages.
 
     Raises:
-        TypeError: If its form returns something else than a ``PlainConv``, or it is declared by
-            its path and of no type that can be converted.
-        ValueError: If the weight has a wrong number of dimensions, or ``pad_input`` is no module,
-            has a state, or is that of a linear layer.
+        TypeError: If its form returns something else than a ``PlainConv``, or if its type, declared
+            by a path, derives from no convertible type.
+        ValueError: If the weight has a wrong number of dimensions, or ``pad_input`` is not a
+            module, has a state, or is given for a linear layer.
     """
     base = find_base(type(layer))
     if base is None:
@@ -202,7 +204,7 @@ def check_form(layer: nn.Module, plain: PlainConv, name: str) -> None:
     layer.eval()
     try:
         x = _small_input(plain)
-        # Without cuDNN, which would round to TF32.
+        # cuDNN would round to TF32.
         with torch.backends.cudnn.flags(enabled=False):
             expected = layer(x)
             actual = plain(x)
@@ -221,13 +223,13 @@ def check_form(layer: nn.Module, plain: PlainConv, name: str) -> None:
 
 
 def _small_input(plain: PlainConv) -> Tensor:
-    """Some positions more than the kernel covers, an odd and an even number of them."""
+    """A little larger than the kernel, with both odd and even sizes."""
     dims = len(plain.kernel_size)
     stride, dilation = ((value,) * dims if isinstance(value, int) else value
                         for value in (plain.stride, plain.dilation))
     size = [d * (k - 1) + 1 + s + i
             for i, (k, s, d) in enumerate(zip(plain.kernel_size, stride, dilation))]
-    # A generator of its own, so that what is drawn afterwards does not depend on the check.
+    # Its own generator, so that the check does not change other random numbers.
     x = torch.randn(2, plain.in_channels, *size, generator=torch.Generator().manual_seed(0))
     return x.to(plain.weight.device, plain.weight.dtype)
 

@@ -12,11 +12,11 @@ def rename_keys(state_dict: Mapping[str, Value], table: Mapping[str, str]) -> di
 
     Args:
         state_dict: What to rename.
-        table: Paths of modules or parameters and what they are to be called. The longest one
-            that a key begins with counts; keys that begin with none keep their names.
+        table: Paths of modules or parameters, and their new names. Of several paths that a key
+            begins with, the longest is taken; other keys keep their names.
 
     Raises:
-        ValueError: If two keys come out the same.
+        ValueError: If two keys would become the same.
     """
     renamed: dict[str, Value] = {}
     for key, value in state_dict.items():
@@ -33,10 +33,10 @@ def rename_keys(state_dict: Mapping[str, Value], table: Mapping[str, str]) -> di
 
 
 def reverse(table: Mapping[str, str]) -> dict[str, str]:
-    """The same table the other way.
+    """The table in the other direction.
 
     Raises:
-        ValueError: If two entries have one new name.
+        ValueError: If two entries have the same new name.
     """
     back = {new: old for old, new in table.items()}
     if len(back) < len(table):

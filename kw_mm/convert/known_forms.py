@@ -1,7 +1,7 @@
 """Types of mmcv and timm whose forms are known; neither package is imported.
 
-Two things are done to a plain convolution: its input is padded by as much as the input's size asks
-for (TensorFlow's 'SAME'), and its weight is standardised, each filter to mean 0 and variance 1.
+These types differ from a plain convolution in two ways: they pad the input depending on its size
+(TensorFlow's 'SAME'), or they standardise the weight, each filter to mean 0 and variance 1.
 """
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .forms import FORMS, PlainConv, as_it_stands
 class SamePadding(nn.Module):
     """Pads with zeros so that a convolution has ``ceil(size / stride)`` outputs.
 
-    Of an odd number of zeros one more comes behind the input than before it.
+    If the number of zeros is odd, there is one more behind the input than before it.
 
     Args:
         kernel_size: Of the convolution, as the next two; one entry for each spatial dimension.
@@ -36,8 +36,8 @@ class SamePadding(nn.Module):
         """Pads ``(N, C, *spatial)``."""
         pads: list = []
         for size, extent, stride in zip(x.shape[2:], self.extent, self.stride):
-            # The last window begins at the last multiple of the stride below size. In a form
-            # without comparisons as a rule, so that graphs serve inputs of any size.
+            # The last window begins at the last multiple of the stride below size. Comparisons are
+            # avoided, so that traced graphs work for inputs of any size.
             total = extent - stride + (-size) % stride
             if extent < stride:
                 total = total.clamp(min=0) if isinstance(total, Tensor) else torch.sym_max(total, 0)
@@ -49,7 +49,7 @@ class SamePadding(nn.Module):
 
 
 def pad_same(layer: Any, weight: Tensor | None = None) -> PlainConv:
-    """A convolution with 'SAME' padding, as plain as its geometry allows.
+    """The form of a convolution with 'SAME' padding; without ``pad_input`` where that is possible.
 
     Args:
         layer: The layer.
@@ -80,14 +80,14 @@ def mmcv_ws(layer: Any) -> PlainConv:
 
 
 def mmcv_aws(layer: Any) -> PlainConv:
-    """mmcv's ``ConvAWS2d``: standardised, then given the mean and scale of pretrained weights."""
+    """mmcv's ``ConvAWS2d``: standardised, then scaled and shifted to pretrained statistics."""
     variance = _of_filters(layer.weight.flatten(1).var(1), layer.weight)
     standardised = _centred(layer.weight) / (variance + 1e-5).sqrt()
     return PlainConv.of(layer, weight=layer.weight_gamma * standardised + layer.weight_beta)
 
 
 def timm_std(layer: Any) -> PlainConv:
-    """timm's four standardised convolutions: scaled or not, with 'SAME' padding or not."""
+    """timm's four standardised convolutions, with or without scaling and 'SAME' padding."""
     variance = _of_filters(layer.weight.flatten(1).var(1, unbiased=False), layer.weight)
     weight = _centred(layer.weight) * (variance + layer.eps).rsqrt()
     if hasattr(layer, 'gain'):
@@ -100,7 +100,7 @@ MMCV = {
     'conv2d_adaptive_padding.Conv2dAdaptivePadding': pad_same,
     'conv_ws.ConvWS2d': mmcv_ws,
     'conv_ws.ConvAWS2d': mmcv_aws,
-    # These differ from torch's for empty batches under torch 1.4 alone.
+    # These differ from torch's layers only for empty batches under torch 1.4.
     'wrappers.Conv2d': as_it_stands,
     'wrappers.Conv3d': as_it_stands,
     'wrappers.Linear': as_it_stands,
@@ -115,6 +115,6 @@ TIMM = {
 }
 
 FORMS.update({f'mmcv.cnn.bricks.{path}': form for path, form in MMCV.items()})
-# The second is where versions before 0.9 have them.
+# The second path is that of versions before 0.9.
 FORMS.update({f'{package}.{path}': form for path, form in TIMM.items()
               for package in ('timm.layers', 'timm.models.layers')})

@@ -1,4 +1,4 @@
-"""What a converted layer with a form of its own was: how to read it in a static state dict."""
+"""Remembers the static layer with a form of its own that a KW layer has replaced."""
 from __future__ import annotations
 
 import copy
@@ -13,10 +13,10 @@ from .forms import PlainConv, read_plain
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """The static layer that a KW layer has taken the place of, without values.
+    """The static layer that a KW layer has replaced, without values.
 
-    Its state dict is not that of a plain layer: the weight is yet to be standardised, say, and
-    there is a gain beside it.
+    It is needed to load static state dicts, which are not those of a plain layer: the weight may
+    have to be standardised, or there may be a gain as well.
 
     Attributes:
         layer: The layer, its state on the meta device.
@@ -34,7 +34,7 @@ class Origin:
         return {key: tuple(tensor.shape) for key, tensor in _state(self.layer).items()}
 
     def optional(self) -> set[str]:
-        """Keys that it can do without, for it makes up for them when it is loaded."""
+        """Keys that may be missing, because the layer fills them in when it is loaded."""
         if not any(True for _ in self.layer.buffers()):
             return set()
         layer = self._with_values()
@@ -43,7 +43,7 @@ class Origin:
         return set(self.shapes()) - set(given) - set(missing)
 
     def read(self, state_dict: Mapping[str, Tensor], name: str) -> PlainConv:
-        """The plain convolution that the layer is with a state dict of its own, in float64.
+        """The plain convolution that computes the same as the layer with a state dict, in float64.
 
         Args:
             state_dict: Of the layer, with all keys but those that are optional.
@@ -64,7 +64,7 @@ def _state(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def _copy_with(layer: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A copy whose state is made anew, so that the layer's own is not copied first."""
+    """A deep copy with new tensors in place of the layer's own, which are not copied."""
     made = {}
     for tensor in _state(layer).values():
         new = make(tensor.detach())

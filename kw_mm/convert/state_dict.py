@@ -1,4 +1,4 @@
-"""Static weights for a KW network: a state dict of its static twin."""
+"""Starts a KW network from the state dict of its static twin."""
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
@@ -25,15 +25,14 @@ MAX_NAMES = 20  # of keys in a message
 def start_from_state_dict_(module: nn.Module, state_dict: Mapping[str, Tensor]) -> StartReport:
     """Starts a KW network from the state dict of the same network before conversion.
 
-    KW layers start as static ones with ``<layer>.weight`` and ``<layer>.bias`` do, see
-    ``start_from_static_``. Where the static layer made the weight that it convolves with from what
-    it stores (see ``treat_as_plain``), the same is done here. Everything else is loaded by name.
-    Shapes may differ in dimensions of size 1, so that a linear layer's weight fits a 1x1
-    convolution.
+    KW layers start from ``<layer>.weight`` and ``<layer>.bias``, see ``start_from_static_``. If the
+    static layer computed its effective weight from what it stores (see ``treat_as_plain``), the
+    same is done here. Everything else is loaded by name. Shapes may differ in dimensions of size 1,
+    so that the weight of a linear layer fits a 1x1 convolution.
 
     Args:
-        module: Holds KW layers anywhere inside, of any number of warehouse managers.
-        state_dict: The weights. ``num_batches_tracked`` may be missing, as in files of old.
+        module: A module with KW layers anywhere inside, which may have several warehouse managers.
+        state_dict: The weights. ``num_batches_tracked`` may be missing, as in old files.
 
     Returns:
         How well each warehouse reproduces the static kernels.
@@ -54,7 +53,8 @@ def start_from_state_dict_(module: nn.Module, state_dict: Mapping[str, Tensor]) 
     report = start_from_static_(
         (layer, *_static_tensors(layer, names[0], fitted)) for layer, names in layers.items())
     own = module.state_dict()
-    # What starts from static weights is there already; a KW layer is loaded whole or not at all.
+    # KW layers keep the tensors they have by now. These are passed as well, because a KW layer is
+    # loaded completely or not at all.
     started = tuple(f'{name}.' for names in layers.values() for name in names)
     module.load_state_dict({**own, **{key: value for key, value in fitted.items()
                                       if key in own and not key.startswith(started)}},
@@ -64,7 +64,7 @@ def start_from_state_dict_(module: nn.Module, state_dict: Mapping[str, Tensor]) 
 
 def _static_tensors(layer: KWConv, name: str,
                     state_dict: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """The weight and bias with which the static layer at a path convolves."""
+    """The effective weight and bias of the static layer at a path."""
     if layer.origin is None:
         return state_dict[f'{name}.weight'], state_dict.get(f'{name}.bias')
     own = {key: state_dict[f'{name}.{key}'] for key in layer.origin.shapes()
@@ -75,7 +75,7 @@ def _static_tensors(layer: KWConv, name: str,
 
 def _with_paths(report: StartReport,
                 layers: Mapping[KWConv, Sequence[str]]) -> StartReport:
-    """Names layers by their paths in the whole module, not in the one their manager belongs to."""
+    """Names layers by their paths in the whole module instead of those in the manager's module."""
     paths: dict[nn.Module, dict[int, list[str]]] = {}
     for layer, names in layers.items():
         warehouses = paths.setdefault(layer.manager, {})
@@ -88,7 +88,7 @@ def _with_paths(report: StartReport,
 def find_kw_layers(module: nn.Module) -> dict[KWConv, tuple[str, ...]]:
     """The KW convolutions inside a module, with the paths that their static layers had.
 
-    That of a linear layer, its child ``conv``, goes by the linear layer's path.
+    The convolution inside a linear layer has the path of the linear layer.
     """
     layers: dict[KWConv, tuple[str, ...]] = {}
     inner = set()
@@ -102,7 +102,7 @@ def find_kw_layers(module: nn.Module) -> dict[KWConv, tuple[str, ...]]:
 
 
 def static_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of the state dict that a KW network would have as a static one."""
+    """Keys and shapes of the state dict of a KW network's static twin."""
     layers = find_kw_layers(module)
     prefixes = tuple(f'{name}.' for names in layers.values() for name in names) + tuple(
         f'{name}.' for owner, names in all_paths(module).items()
@@ -120,7 +120,7 @@ def static_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def check_keys(expected: Mapping[str, Sequence[int]], given: Mapping[str, Sequence[int]],
                optional: Collection[str] = ()) -> None:
-    """Compares the keys and shapes of a state dict with those that it should have.
+    """Compares the keys and shapes of a state dict with the expected ones.
 
     Raises:
         ValueError: If keys are missing, unknown or misshapen; it names them.
@@ -135,5 +135,5 @@ def check_keys(expected: Mapping[str, Sequence[int]], given: Mapping[str, Sequen
 
 
 def same_shape(a: Sequence[int], b: Sequence[int]) -> bool:
-    """Whether shapes agree but for dimensions of size 1."""
+    """Whether shapes are equal apart from dimensions of size 1."""
     return [size for size in a if size != 1] == [size for size in b if size != 1]

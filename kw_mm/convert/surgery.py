@@ -1,4 +1,4 @@
-"""Swapping modules inside a module; knows nothing of KernelWarehouse."""
+"""Replaces modules inside a module; knows nothing of KernelWarehouse."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
@@ -8,16 +8,16 @@ from torch import nn
 
 
 def swap_(root: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Puts modules in the place of others, under the same names.
+    """Replaces modules by others, under the same names.
 
-    A module that stands at several places is replaced at all of them.
+    A module that is used at several places is replaced at all of them.
 
     Args:
         root: The module to edit; no key of ``replacements`` itself.
-        replacements: What is to go, and what comes for it.
+        replacements: The new module for each old one.
     """
     for parent in list(root.modules()):
-        # Not named_children, which passes over the second place of a shared child.
+        # Not named_children, which skips the second place of a shared child.
         for name, child in list(parent._modules.items()):
             if child is not None and child in replacements:
                 setattr(parent, name, replacements[child])
@@ -32,9 +32,9 @@ def all_paths(root: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
 
 
 def hidden_references(root: nn.Module) -> dict[nn.Module, str]:
-    """Modules that are held by an attribute beside the module tree, too, and by which.
+    """Modules that an attribute outside the module tree also refers to, with the attribute's path.
 
-    A swap would leave such a reference behind: a module in a plain list, for one.
+    Such an attribute, e.g. a plain list of modules, would keep the old module after a swap.
     """
     found: dict[nn.Module, str] = {}
     for path, module in root.named_modules():

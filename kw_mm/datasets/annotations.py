@@ -1,4 +1,4 @@
-"""From the masks of instances to COCO annotations that decode to those very masks, and to maps."""
+"""Turns masks of instances into COCO annotations that decode to the same masks, and into maps."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from .drawing import ShapeInstance
 
 
 def encode_instance(instance: ShapeInstance) -> dict[str, Any]:
-    """The COCO fields of an instance; ids are the caller's.
+    """The COCO fields of an instance, without ids.
 
-    Solid objects are polygons, one per visible part. COCO polygons cannot have holes (parts are
-    united, never subtracted), so an instance with a hole is RLE, as crowds must be.
-    ``mmdet.LoadAnnotations`` reads both with ``poly2mask=True``, its default; without, it marks
-    RLE instances as to be ignored.
+    Solid objects become polygons, one per visible part. COCO polygons cannot have holes (parts are
+    added, never subtracted), so an instance with a hole becomes RLE, which crowds must be too.
+    ``mmdet.LoadAnnotations`` reads both with ``poly2mask=True``, its default; otherwise it marks
+    RLE instances as ignored.
 
     Args:
         instance: One of the instances of ``draw_scene``.
@@ -45,7 +45,7 @@ def encode_instance(instance: ShapeInstance) -> dict[str, Any]:
 
 
 def semantic_map(instances: Sequence[ShapeInstance]) -> np.ndarray:
-    """The class of every pixel, of whatever is visible there.
+    """The class of what is visible at every pixel.
 
     Args:
         instances: Those of one image, at least one; their masks are disjoint.
@@ -63,9 +63,10 @@ def mask_to_polygons(mask: np.ndarray,
                      offset: tuple[int, int] = (0, 0)) -> list[list[float]] | None:
     """Polygons whose COCO rasterisation is exactly ``mask``.
 
-    A contour of OpenCV runs through the centres of border pixels, and as a COCO polygon it
-    loses up to a row and a column of them. At twice the resolution the contour runs a quarter
-    pixel inside the outer edge, beyond the centres and clear of the neighbours'.
+    A contour of OpenCV runs through the centres of border pixels, so as a COCO polygon it would
+    lose up to a row and a column of them. At twice the resolution the contour runs a quarter pixel
+    inside the outer edge: outside the centres of border pixels, and inside those of their
+    neighbours.
 
     Args:
         mask: Bool ``(h, w)``, not empty.
@@ -77,7 +78,7 @@ def mask_to_polygons(mask: np.ndarray,
     """
     double = mask.astype(np.uint8).repeat(2, 0).repeat(2, 1)
     contours, hierarchy = cv2.findContours(double, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    # The last column is the contour around this one: only holes have one.
+    # The last column is the contour around this one, which only holes have.
     if (hierarchy.reshape(-1, 4)[:, 3] >= 0).any():
         return None
     return [((contour.reshape(-1, 2) + 0.5) / 2 + offset).ravel().tolist()
@@ -85,7 +86,7 @@ def mask_to_polygons(mask: np.ndarray,
 
 
 def mask_to_rle(mask: np.ndarray) -> dict[str, list[int]]:
-    """Uncompressed COCO run lengths of ``mask``: column by column, background first.
+    """Uncompressed COCO run lengths of ``mask``, column by column, starting with background.
 
     Args:
         mask: Bool ``(H, W)``.
@@ -93,7 +94,7 @@ def mask_to_rle(mask: np.ndarray) -> dict[str, list[int]]:
     Returns:
         ``size`` as ``[H, W]`` and ``counts``; the first is 0 if the first pixel is set.
     """
-    # The empty pixel in front makes the first run background, one pixel too long.
+    # An added first pixel makes the first run background, which is then one pixel too long.
     flat = np.concatenate([[False], mask.ravel(order='F')])
     ends = np.append(np.flatnonzero(flat[1:] != flat[:-1]) + 1, flat.size)
     counts = np.diff(ends, prepend=1)

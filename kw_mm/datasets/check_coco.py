@@ -11,11 +11,11 @@ from typing import Any
 from .check_files import Loading, missing_file
 from .check_report import CheckedSet, Findings, counted, named
 
-_EDGE = 1  # pixels by which rounding may carry a box over the edge
+_EDGE = 1  # pixels by which a box may exceed the image because of rounding
 
 
 def is_plain_coco(cls: type) -> bool:
-    """Whether a data set is read as ``CocoDataset`` reads it."""
+    """Whether a data set is read in the way of ``CocoDataset``."""
     try:
         from mmdet.datasets import CocoDataset
     except ImportError:
@@ -30,11 +30,11 @@ def check_coco(dataset: Any, task: CheckedSet, found: Findings) -> list[dict[str
 
     Args:
         dataset: The data set, not initialised.
-        task: What else is known of it.
-        found: Where to put what is found.
+        task: What else is known about it.
+        found: Collects the findings.
 
     Returns:
-        What there is to know of each image that will be used, None if the file cannot be read.
+        What is known about each image that will be used; None if the file cannot be read.
     """
     where, path = task.where, dataset.ann_file
     missing = missing_file(path) if path else '(ann_file) is not set'
@@ -71,7 +71,7 @@ def _read(path: str, where: str, found: Findings) -> dict[str, list] | None:
     except (OSError, ValueError) as error:
         found.error(f'{where}: annotation file {path!r} cannot be read as JSON ({error})')
         return None
-    # Files for testing have images and categories alone.
+    # Files for testing have only images and categories.
     parts = {key: coco.get(key, []) for key in ('images', 'annotations', 'categories')
              } if isinstance(coco, dict) else {}
     if not parts or not all(isinstance(part, list) and all(isinstance(item, dict) for item in part)
@@ -98,7 +98,7 @@ def _has_fields(coco: Mapping[str, list], where: str, path: str, found: Findings
 
 def _check_classes(classes: Any, categories: Sequence[Mapping[str, Any]], task: CheckedSet,
                    path: str, found: Findings) -> bool:
-    """Compares the names that a config gives with those of the file; false if hopeless."""
+    """Compares a config's class names with the file's. False if no further check makes sense."""
     where = task.where
     if isinstance(classes, str):
         found.error(f'{where}: metainfo.classes must be a tuple of names, got {classes!r}; a '
@@ -119,7 +119,7 @@ def _check_classes(classes: Any, categories: Sequence[Mapping[str, Any]], task: 
     if unused:
         found.warn(f'{where}: {counted(list(map(repr, unused)), len(names), "categories")} of '
                    f'{path} are not in metainfo.classes, and left out')
-    # Labels are numbered in the order of the file, whatever the order of the classes.
+    # Labels are numbered in the order of the file, not in that of the classes.
     wrong = [f'{name!r} as {shown!r}' for name, shown in zip(known, classes) if name != shown]
     if wrong:
         found.warn(f'{where}: metainfo.classes must be in the order of the categories in {path}, '
@@ -132,11 +132,11 @@ def _check_classes(classes: Any, categories: Sequence[Mapping[str, Any]], task: 
 
 
 class _Annotations:
-    """The annotations of a file, sorted by what becomes of them.
+    """The annotations of a file, sorted by how they are used.
 
     Args:
         coco: The file.
-        classes: That are to be found.
+        classes: The classes to be detected.
         loading: The settings of the transform that loads annotations.
     """
 
@@ -148,7 +148,7 @@ class _Annotations:
         self.names = {image['id']: image['file_name'] for image in coco['images']}
         self.wanted = {category['id'] for category in coco['categories']
                        if category['name'] in classes}
-        self.used_images: set[Any] = set()  # of a class that is wanted, whatever the box
+        self.used_images: set[Any] = set()  # with wanted objects, even if their boxes are faulty
         ids = Counter(annotation['id'] for annotation in coco['annotations'])
         self.double = [key for key, num in ids.items() if num > 1]
         self.faults: dict[str, list[str]] = {}
@@ -182,7 +182,7 @@ class _Annotations:
             if (min(x, y) < -_EDGE or x + width > image_width + _EDGE
                     or y + height > image_height + _EDGE):
                 self._fault('reach over the edge of their image', label)
-                # Read as corners it lies within.
+                # It lies inside if its last two numbers are a corner.
                 self.corners += x < width <= image_width + _EDGE and (
                     y < height <= image_height + _EDGE)
             if self.with_mask:
@@ -230,7 +230,7 @@ def _kept(dataset: Any, coco: Mapping[str, list],
 
 
 def _subset(items: list, indices: int | Sequence[int] | None) -> list:
-    """As mmengine's ``indices`` choose."""
+    """The entries that mmengine's ``indices`` choose."""
     if indices is None:
         return items
     if isinstance(indices, int):

@@ -1,4 +1,4 @@
-"""Checks that the files of a data set are there, and that its images can be read."""
+"""Checks that the files of a data set exist, and that its images can be read."""
 from __future__ import annotations
 
 import os
@@ -13,7 +13,7 @@ from .check_report import CheckedSet, Findings, counted
 
 
 def is_local(dataset: Any) -> bool:
-    """Whether the files of a data set are read from disks."""
+    """Whether the files of a data set are read from local disks."""
     backend = getattr(dataset, 'backend_args', None) or {}
     paths = [dataset.ann_file, *(getattr(dataset, 'data_prefix', None) or {}).values()]
     return (backend.get('backend', 'local') in ('local', 'disk')
@@ -21,7 +21,7 @@ def is_local(dataset: Any) -> bool:
 
 
 def missing_file(path: Any) -> str | None:
-    """A path and where it looks as if it ended, if there is nothing; else None."""
+    """A path that does not exist, with the part of it that does; None if it exists."""
     if not isinstance(path, (str, os.PathLike)) or not str(path) or os.path.exists(path):
         return None
     there = next((str(parent) for parent in Path(path).parents if parent.exists()), None)
@@ -29,7 +29,7 @@ def missing_file(path: Any) -> str | None:
 
 
 def missing_files(paths: Sequence[str]) -> list[str]:
-    """Those that do not exist; a folder is listed once, for a data set has many files in few."""
+    """The paths that do not exist. Each folder is read once, because most files share a few."""
     listed: dict[str, set[str]] = {}
     missing = []
     for path in paths:
@@ -39,14 +39,14 @@ def missing_files(paths: Sequence[str]) -> list[str]:
                 listed[folder] = set(os.listdir(folder or '.'))
             except OSError:
                 listed[folder] = set()
-        # Names that differ in case alone are the same on some disks.
+        # On some disks names that differ only in case are the same.
         if name not in listed[folder] and not os.path.exists(path):
             missing.append(path)
     return missing
 
 
 def spread(items: Sequence[Any], num: int | None) -> Sequence[Any]:
-    """At most so many of the items, evenly spread."""
+    """At most so many of the items, evenly spaced."""
     if num is None or len(items) <= num:
         return items
     return [items[index * len(items) // num] for index in range(num)]
@@ -54,10 +54,10 @@ def spread(items: Sequence[Any], num: int | None) -> Sequence[Any]:
 
 def check_images(infos: Sequence[Mapping[str, Any]] | None, task: CheckedSet,
                  found: Findings) -> None:
-    """Checks that images are there, can be read, and have the size that is said of them.
+    """Checks that images exist, can be read, and have the size that the annotations say.
 
     Args:
-        infos: What the data set says of each image; None if that is not known.
+        infos: What the data set says about each image; None if that is not known.
         task: What else is known of it.
         found: Where to put what is found.
     """
@@ -89,11 +89,11 @@ def check_images(infos: Sequence[Mapping[str, Any]] | None, task: CheckedSet,
 
 
 class Loading:
-    """The transform of a pipeline that loads images or annotations, as training would use it.
+    """The transform of a pipeline that loads images or annotations, used as in training.
 
     Args:
-        pipeline: Of a data set, as in the config.
-        what: ``'Image'`` or ``'Annotations'``, in the name of the transform.
+        pipeline: Pipeline of a data set, as in the config.
+        what: ``'Image'`` or ``'Annotations'``, part of the transform's name.
     """
 
     def __init__(self, pipeline: Sequence[Any], what: str) -> None:
@@ -105,22 +105,22 @@ class Loading:
             if name.startswith('Load') and what in name:
                 self.cfg = cfg
                 break
-        # One for annotations is asked here for label maps alone.
+        # Of annotations, only label maps are loaded here.
         self.key = 'img' if what == 'Image' else 'gt_seg_map'
         if self.cfg is not None:
             try:
                 self.transform = TRANSFORMS.build(dict(self.cfg))
-            except Exception as error:  # of someone else's transform
+            except Exception as error:  # for a transform from elsewhere
                 self.failure = f' ({type(error).__name__}: {error})'
 
     @property
     def may_skip(self) -> bool:
-        """Whether what cannot be read is replaced by something else in training."""
+        """Whether training replaces files that cannot be read."""
         return self.transform is None or bool(self.cfg.get('ignore_empty'))
 
     def each(self, infos: Sequence[Any], task: CheckedSet, found: Findings,
              what: str) -> Iterator[Any]:
-        """Those of the infos that are to be read, with progress; none without a transform."""
+        """The infos to be read, with progress; none if there is no such transform."""
         if self.transform is None:
             found.note(f'{task.where}: {what} are not read, for the pipeline has no transform of '
                        f'its own that could be built for it{self.failure}')
@@ -133,9 +133,9 @@ class Loading:
                 task.progress(None)
 
     def __call__(self, info: Mapping[str, Any]) -> tuple[Any, str]:
-        """What is loaded, or None and why."""
+        """What is loaded, or None and the reason why not."""
         try:
             loaded = self.transform({**info, 'seg_fields': []})
-        except Exception as error:  # what a training would end in
+        except Exception as error:  # training would end with it
             return None, f' ({type(error).__name__}: {error})'
         return (None, ' (it is skipped)') if loaded is None else (loaded[self.key], '')

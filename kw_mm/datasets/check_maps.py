@@ -13,11 +13,11 @@ from mmengine.registry import TRANSFORMS
 from .check_files import Loading, check_images, missing_file, missing_files, spread
 from .check_report import CheckedSet, Findings, counted, named, registered
 
-_IGNORED = 255  # the label that every loss of MMSegmentation leaves out by default
+_IGNORED = 255  # the label that the losses of MMSegmentation ignore by default
 
 
 def is_plain_segmentation(cls: Any) -> bool:
-    """Whether a data set is read as ``BaseSegDataset`` reads it."""
+    """Whether a data set is read in the way of ``BaseSegDataset``."""
     try:
         from mmseg.datasets import BaseSegDataset
     except ImportError:
@@ -31,8 +31,8 @@ def check_maps(dataset: Any, task: CheckedSet, found: Findings) -> None:
 
     Args:
         dataset: The data set, not initialised.
-        task: What else is known of it.
-        found: Where to put what is found.
+        task: What else is known about it.
+        found: Collects the findings.
     """
     where, folders = task.where, dataset.data_prefix
     classes = dataset.metainfo.get('classes')
@@ -47,8 +47,8 @@ def check_maps(dataset: Any, task: CheckedSet, found: Findings) -> None:
             found.error(f'{where}: {what} {missing}')
     if any(lacking):
         return
-    dataset.serialize_data = False  # of an empty list that fails
-    dataset.full_init()  # lists files, or reads their names from one
+    dataset.serialize_data = False  # fails with an empty list
+    dataset.full_init()  # lists files, or reads their names from a file
     infos = [dataset.get_data_info(index) for index in range(len(dataset))]
     if not infos:
         found.error(f'{where}: no file in {folders["img_path"]} ends in {dataset.img_suffix!r} '
@@ -103,7 +103,7 @@ def _check_labels(dataset: Any, infos: list[Mapping[str, Any]], load: Loading, t
         if size is not None and labels.shape != size:
             faults.setdefault('have another size than their image', []).append(
                 info['seg_map_path'])
-    # Transforms of someone else may turn labels into others.
+    # Other transforms may change labels.
     report = found.error if _only_known(task.pipeline) else found.warn
     for kind, paths in faults.items():
         sentence = f'{where}: {counted(paths, len(read), "label maps read")} {kind}'

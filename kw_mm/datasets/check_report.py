@@ -1,4 +1,4 @@
-"""What a check of data is told, and what it found."""
+"""The input and the findings of a data check."""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -6,17 +6,17 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-MAX_NAMES = 3  # in a sentence
+MAX_NAMES = 3  # so many names in a sentence
 
 
 @dataclass(frozen=True)
 class CheckedSet:
-    """What a check is told of a data set, apart from the data set itself.
+    """What a check has to know about a data set, apart from the data set itself.
 
     Args:
         where: Its name in messages.
-        pipeline: Of its transforms, as in the config.
-        num_classes: That the heads of the model have, by where each stands in the config.
+        pipeline: Its transforms, as in the config.
+        num_classes: The number of classes of each head of the model, by its place in the config.
         sample: How many images to read at most; None for all.
         max_json: Size of the largest annotation file to read, in bytes; None for any.
         progress: Called with the number of images to read, and with None after each.
@@ -35,10 +35,10 @@ class Findings:
     """Sentences about the data sets of a config, one for each kind of fault.
 
     Args:
-        errors: What is certain to end a training.
-        warnings: What trains, but perhaps not what was meant.
+        errors: Faults that are certain to end a training.
+        warnings: Faults with which training runs, but perhaps not as intended.
         notes: What was not checked.
-        summaries: What each data set holds.
+        summaries: What each data set contains.
     """
 
     errors: list[str] = field(default_factory=list)
@@ -56,14 +56,14 @@ class Findings:
         self.notes.append(sentence)
 
     def lines(self) -> Iterator[str]:
-        """Everything but the errors, in the order in which a person wants to read it."""
+        """Everything except the errors, in a helpful order."""
         yield from self.summaries
         yield from self.notes
         yield from (f'warning: {sentence}' for sentence in self.warnings)
 
 
 def registered(registry: Any, kind: Any) -> type | None:
-    """The class that a ``type`` of a config means in the current scope, None if it is unknown."""
+    """The class of a config's ``type`` in the current scope; None if it is unknown."""
     if isinstance(kind, type):
         return kind
     with registry.switch_scope_and_registry(None) as found:
@@ -71,7 +71,7 @@ def registered(registry: Any, kind: Any) -> type | None:
 
 
 def named(names: Iterable[object], num: int) -> str:
-    """The first few of so many names."""
+    """The first few of the names."""
     shown = ', '.join(str(name) for name in islice(names, MAX_NAMES))
     return shown + (', ...' if num > MAX_NAMES else '')
 

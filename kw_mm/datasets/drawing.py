@@ -16,15 +16,15 @@ MIN_SIDE = 32
 CROWD_SHARE = 0.12
 NUM_OBJECTS = (2, 5)
 
-# An object keeps at least this share of itself in the frame, and of that under later objects.
-# A placement that would break the rule is drawn again elsewhere: whatever is in the image is
-# also in the annotations, and no annotation is of a shape nobody could name.
+# At least this share of an object is inside the frame, and at least this share of that stays
+# visible when later objects cover it. A placement that breaks the rule is tried again elsewhere. So
+# all objects in the image are in the annotations, and every annotated object can be recognised.
 MIN_IN_FRAME = 0.65
 MIN_VISIBLE = 0.8
 MIN_PIXELS = 24
 
-# Circumscribed diameters for a short side of 128 and how often each range is drawn. They grow
-# with the image, but never fall below MIN_DIAMETER, where classes are no longer told apart.
+# Ranges of diameters for a short side of 128, and how often each range is drawn. Diameters grow
+# with the image, but are at least MIN_DIAMETER, because smaller shapes look alike.
 DIAMETERS = ((16, 24), (32, 58), (60, 88))
 DIAMETER_SHARES = (0.1, 0.72, 0.18)
 MIN_DIAMETER = 12
@@ -34,7 +34,7 @@ MAX_TURN = math.radians(10)
 
 @dataclass(frozen=True)
 class ShapeInstance:
-    """What is visible of one object, or of one crowd.
+    """The visible part of one object, or of one crowd.
 
     Args:
         label: Index into ``SHAPE_CLASSES``.
@@ -52,7 +52,7 @@ def _ring(u: np.ndarray, v: np.ndarray, form: float) -> np.ndarray:
     return (radius <= 1) & (radius >= 0.45 + 0.17 * form)
 
 
-# Inside or not at (u, v), for a shape that lies in the unit disc; `form` in [0, 1] varies it.
+# Whether (u, v) is inside a shape that lies in the unit disc; `form` in [0, 1] varies the shape.
 _OUTLINES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
     'circle': lambda u, v, form: u * u + v * v <= 1,
     'square': lambda u, v, form: np.maximum(np.abs(u), np.abs(v)) <= math.sqrt(0.5),
@@ -66,9 +66,9 @@ def draw_scene(seed: int, split: str, index: int,
                size: int | Sequence[int] = 128) -> tuple[np.ndarray, list[ShapeInstance]]:
     """Draw image ``index`` of a split.
 
-    A pure function: the result depends on the arguments alone, so neither the number of images
-    nor the order in which they are drawn matters. Colours and textures are independent of the
-    class. Later objects cover earlier ones, so masks are of what is left to see.
+    A pure function: the result depends on the arguments alone, so neither the number of images nor
+    the order in which they are drawn matters. Colours and textures are independent of the class.
+    Later objects cover earlier ones; masks contain the visible pixels.
 
     Args:
         seed: Seed of the whole data set, at least 0.
@@ -90,7 +90,7 @@ def draw_scene(seed: int, split: str, index: int,
     if split not in SPLITS:
         raise ValueError(f'split must be one of {SPLITS}, got {split!r}')
 
-    # A spawn key, unlike a longer entropy list, cannot collide with another seed.
+    # With a spawn key, unlike a longer entropy list, streams of different seeds cannot coincide.
     key = (SPLITS.index(split), index)
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
@@ -103,7 +103,7 @@ def draw_scene(seed: int, split: str, index: int,
 
     sigma = rng.uniform(0.3, 0.8)
     image = cv2.GaussianBlur(image, (3, 3), sigma)
-    # Of brightness alone, which a camera's mostly is.
+    # Noise in brightness only, like most of a camera's noise.
     noise: np.ndarray = rng.standard_normal((height, width, 1), dtype=np.float32)
     noise *= np.float32(rng.uniform(1, 8))
     image += noise
@@ -146,11 +146,11 @@ class _Scene:
 
     def __init__(self, image: np.ndarray) -> None:
         self.image = image
-        # Number of the instance that shows; 0 is the background, which takes the first place
-        # in the lists below too.
+        # Number of the visible instance; 0 is the background, which is also first in the lists
+        # below.
         self.owner: np.ndarray = np.zeros(image.shape[:2], np.uint8)
         self.labels, self.crowds = [-1], [False]
-        # Pixels of each instance when it was drawn, and those that still show.
+        # Pixels of each instance when it was drawn, and those that are still visible.
         self.areas = np.zeros(1, np.int64)
         self.visible = np.zeros(1, np.int64)
 
@@ -172,7 +172,7 @@ class _Scene:
         self.owner[window][mask] = len(self.labels) - 1
 
     def leaves_enough(self, window: tuple[slice, slice], mask: np.ndarray) -> bool:
-        """Whether every instance stays recognisable once ``mask`` covers it."""
+        """Whether every instance stays recognisable when ``mask`` covers part of it."""
         covered = self._covered(window, mask)
         least = np.maximum(MIN_VISIBLE * self.areas, MIN_PIXELS)
         return bool(((covered == 0) | (self.visible - covered >= least))[1:].all())
@@ -194,11 +194,11 @@ def _add_objects(rng: np.random.Generator, scene: _Scene) -> None:
     ranges = np.array(DIAMETERS)[rng.choice(len(DIAMETERS), num, p=DIAMETER_SHARES)]
     diameters = rng.uniform(ranges[:, 0], ranges[:, 1]) * short / 128
     diameters = np.maximum(diameters, MIN_DIAMETER)
-    # Large ones tend to come first; in any order the small ones would mostly lie under them.
+    # Large ones tend to come first. In a random order the small ones would mostly be covered.
     diameters = diameters[np.argsort(-diameters * rng.uniform(0.6, 1.4, num))]
     for diameter in diameters.tolist():
         label = int(rng.integers(len(SHAPE_CLASSES)))
-        # Thirty places are enough in practice; a full image then has one object less.
+        # Thirty attempts are enough in practice; if the image is full, it gets one object less.
         for _ in range(30):
             placed = _place(rng, label, diameter, (height, width), inset=0.35)
             if placed is not None and scene.leaves_enough(*placed):
@@ -259,7 +259,7 @@ def _place(
     y = (np.arange(top, top + side, dtype=np.float32)[:, None] + (0.5 - centre_y)) / radius
     cos, sin = math.cos(angle), math.sin(angle)
     u, v = cos * x + sin * y, cos * y - sin * x
-    # Squeezed along one axis, so a shape never leaves the circle around it.
+    # Squeezed along one axis only, so that the shape stays inside its circle.
     mask = _OUTLINES[SHAPE_CLASSES[label]](u / aspect, v, form)
 
     rows = slice(max(top, 0), min(top + side, height))

@@ -22,12 +22,12 @@ from ..files import remove_unfinished, replacing, write_json
 from .annotations import encode_instance, semantic_map
 from .drawing import SHAPE_CLASSES, SPLITS, check_int, check_size, draw_scene
 
-# To be raised whenever the same parameters give other images or annotations.
+# Must be increased when the same parameters give other images or annotations.
 FORMAT_VERSION = 1
 
 _RECORD = 'shapes.json'
 _UNFINISHED = 'shapes.unfinished.json'
-# Full colour resolution: the edges of small shapes are often edges of colour alone.
+# Full colour resolution, because small shapes often differ from the background in colour only.
 _JPEG = [cv2.IMWRITE_JPEG_QUALITY, 95,
          cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
 
@@ -38,7 +38,7 @@ class ShapesFiles:
 
     Args:
         root: Its folder.
-        written: Whether this call wrote it; ``False`` if it was there and whole already.
+        written: Whether this call wrote it; ``False`` if it was there and complete already.
     """
 
     root: Path
@@ -66,9 +66,9 @@ def write_shapes(root: str | os.PathLike,
                  overwrite: bool = False) -> ShapesFiles:
     """Write the train and val splits as COCO instance segmentation and semantic label maps.
 
-    Every file appears under its name only when it is whole, and ``shapes.json``, which holds
-    the parameters, comes last. So a whole data set of the same parameters is left as it is,
-    and one that was interrupted or lost files is written again, to the same bytes.
+    Every file gets its name only when it is complete, and ``shapes.json`` with the parameters comes
+    last. So a complete data set with the same parameters is not changed, and one that was
+    interrupted or has lost files is written again, with the same bytes.
 
     Args:
         root: Folder of the data set; made if missing.
@@ -109,7 +109,7 @@ def write_shapes(root: str | os.PathLike,
     for folder in (*map(files.images, SPLITS), *map(files.semantic_maps, SPLITS)):
         folder.mkdir(parents=True, exist_ok=True)
         remove_unfinished(folder)
-    # From here to the end the folder is marked as ours but not whole.
+    # From here to the end the folder is marked as ours, but incomplete.
     _write_json(root / _UNFINISHED, parameters)
     (root / _RECORD).unlink(missing_ok=True)
     bar = _progress_bar(sum(counts.values())) if progress else None
@@ -150,7 +150,7 @@ def _write_split(files: ShapesFiles, split: str, num: int, parameters: dict[str,
         _write_bytes(files.images(split) / name, cv2.imencode('.jpg', image, _JPEG)[1].tobytes())
         _write_bytes(files.semantic_maps(split) / _file_name(index, '.png'),
                      cv2.imencode('.png', semantic_map(instances))[1].tobytes())
-        # Ids start at 1: COCO's own evaluation takes an annotation of id 0 for "no match".
+        # Ids start at 1, because COCO's evaluation takes an annotation with id 0 for "no match".
         images.append(dict(id=index + 1, file_name=name, width=width, height=height))
         for instance in instances:
             annotations.append(dict(id=len(annotations) + 1, image_id=index + 1,
@@ -188,7 +188,7 @@ def _check_same(root: Path, parameters: dict[str, Any]) -> None:
 
 
 def _check_own(root: Path) -> None:
-    """Refuse a folder with files of someone else under the names that we would write."""
+    """Refuses a folder in which others have files with the names that would be written."""
     if root.exists() and not root.is_dir():
         raise ValueError(f'root must be a folder, {root} is a file')
     if (root / _RECORD).exists() or (root / _UNFINISHED).exists():
@@ -224,7 +224,7 @@ def _numbered_files(files: ShapesFiles, split: str, num: int) -> dict[Path, set[
 
 
 def _remove_surplus(folder: Path, names: set[str]) -> None:
-    # What a larger data set left here when it is overwritten; files of other names stay.
+    # Removes files of a larger data set that is overwritten; files with other names stay.
     for name in os.listdir(folder):
         if re.fullmatch(r'\d{6,}\.(jpg|png)', name) and name not in names:
             (folder / name).unlink()
@@ -239,8 +239,8 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _write_bytes(path: Path, data: bytes) -> None:
-    # Not a wait for the disk for each of thousands: what a failing power supply leaves of one is
-    # found by its size.
+    # Waiting for the disk would take too long with thousands of files. After a power failure, an
+    # incomplete file is recognised by its size.
     with replacing(path, durable=False) as stream:
         stream.write(data)
 

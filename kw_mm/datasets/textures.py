@@ -1,4 +1,4 @@
-"""Backgrounds, clutter and the paint of shapes; nothing here knows of classes."""
+"""Backgrounds, clutter and the paint of shapes, all independent of classes."""
 from __future__ import annotations
 
 import math
@@ -6,14 +6,14 @@ import math
 import cv2
 import numpy as np
 
-# A shape's mean colour differs from what lies beneath by at least this, summed over channels.
+# A shape's mean colour differs at least so much from that beneath it, summed over channels.
 MIN_CONTRAST = 180
 
 
 def draw_background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """A float32 ``(H, W, 3)`` canvas: a colour, a slope, soft spots, at times a weak pattern."""
+    """A float32 ``(H, W, 3)`` canvas: a colour, a slope, soft spots, sometimes a weak pattern."""
     colour = rng.uniform(40, 215, 3).astype(np.float32)
-    # A few random numbers, enlarged smoothly, are slope and spots in one.
+    # A few random numbers, enlarged smoothly, give both slope and spots.
     cells = int(rng.integers(2, 8))
     spots = rng.normal(0, rng.uniform(4, 14), (cells, cells, 3)).astype(np.float32)
     image = cv2.resize(spots, (width, height), interpolation=cv2.INTER_CUBIC) + colour
@@ -27,7 +27,7 @@ def draw_background(rng: np.random.Generator, width: int, height: int) -> np.nda
 def draw_clutter(rng: np.random.Generator, image: np.ndarray) -> None:
     """Draw lines, bars and blots of no class onto a canvas, in place.
 
-    They are thin, long or ragged, so that form alone tells them from every class.
+    They are thin, long or ragged, so that their form differs from that of every class.
     """
     height, width = image.shape[:2]
     scale = min(height, width) / 128
@@ -62,7 +62,7 @@ def paint(rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray) -> Non
     beneath = np.array(cv2.mean(canvas, mask.astype(np.uint8))[:3])
     colours = rng.uniform(15, 240, (16, 3))
     contrast = np.abs(colours - beneath).sum(1)
-    # The first that stands out, else (practically never) the one that does so most.
+    # The first colour that differs enough, or (hardly ever) the one that differs most.
     enough = np.flatnonzero(contrast >= MIN_CONTRAST)
     colour = colours[enough[0] if len(enough) else contrast.argmax()].astype(np.float32)
 
@@ -78,12 +78,12 @@ def paint(rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray) -> Non
     else:
         period = max(4, rng.uniform(0.15, 0.4) * min(height, width))
         value = _pattern(rng, width, height, period)
-    # Textures vary a colour around its mean, so the contrast above holds.
+    # Textures vary a colour around its mean, so the contrast stays.
     tint = rng.uniform(-30, 30, 3).astype(np.float32)
     canvas[mask] = colour + value[mask, None] * tint
 
     if rng.random() < 0.4:
-        # The frame of the window is no edge of the shape, hence the border value.
+        # The border value keeps the frame of the window from counting as an edge of the shape.
         inner = cv2.erode(mask.astype(np.uint8), np.ones((3, 3), np.uint8),
                           borderType=cv2.BORDER_CONSTANT, borderValue=1)
         canvas[mask & (inner == 0)] *= np.float32(rng.uniform(0.45, 0.75))

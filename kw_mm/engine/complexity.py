@@ -1,8 +1,8 @@
-"""How large and how costly a config's model is.
+"""Counts the parameters and operations of a config's model.
 
-Costs are multiply-adds of convolutions and matrix products, what mmengine, too, counts as one
-FLOP each; additions of a bias, norms, activations, pooling, resampling and RoIAlign are left out.
-torch's ``FlopCounterMode`` counts them while the model runs on the meta device, on shapes alone.
+Counted are multiply-adds of convolutions and matrix products, each as one FLOP, as in mmengine.
+Biases, norms, activations, pooling, resampling and RoIAlign are left out. torch's
+``FlopCounterMode`` counts while the model runs on the meta device, which needs shapes only.
 """
 from __future__ import annotations
 
@@ -26,22 +26,23 @@ from ..layers import Attention, KWConv1d, KWConv2d, KWConv3d, WarehouseManager
 from ..layers.conv import KWConv
 from ..ops import operators
 
-SIZE_DIVISOR = 32  # to which detectors pad their images
+SIZE_DIVISOR = 32  # detectors pad their images to multiples of it
 
 
 @dataclass(frozen=True)
 class Complexity:
-    """Size of a module and the cost of its input, of one image where nothing else is said.
+    """Size of a module, and the cost of its input, by default one image.
 
     Attributes:
         parameters: All of them, frozen ones included.
-        cell_parameters: Of these, in kernel cells.
-        attention_parameters: Of these, in attentions.
-        flops: Multiply-adds, those of the next two included.
-        attention_flops: In the attentions' linear layers, for each layer ``C * hidden + hidden *
-            m * (n + 1)``, or with a non-local basis what its three layers have.
-        assembly_flops: In mixing cells to kernels, ``m * n`` times the size of a cell for each
-            layer. Neither depends on the size of the image.
+        cell_parameters: Those in kernel cells.
+        attention_parameters: Those in attentions.
+        flops: All multiply-adds, including the next two.
+        attention_flops: Those of the attentions' linear layers:
+            ``C * hidden + hidden * m * (n + 1)`` for each KW layer, or those of three linear layers
+            with a non-local basis.
+        assembly_flops: Those of mixing cells to kernels: ``m * n`` times the size of a cell for
+            each KW layer. Like ``attention_flops``, they do not depend on the image's size.
     """
 
     parameters: int
@@ -53,7 +54,7 @@ class Complexity:
 
 
 class _Counted(nn.Module):
-    """Runs a function of a model; as the root it gives every module inside its usual name."""
+    """Runs a function of a model; as the root module it makes all names begin alike."""
 
     def __init__(self, model: nn.Module, run: Callable[..., Any]) -> None:
         super().__init__()
@@ -69,16 +70,17 @@ def measure_module(module: nn.Module, x: Tensor, run: Callable[..., Any] = nn.Mo
     """Measures a module and parts of it in one run.
 
     Args:
-        module: It is set to evaluation. On the device of ``x``; meta will do.
-        x: Its input, ``(N, C, *spatial)``; FLOPs are those of all N samples.
-        run: What to run, called with the module and ``x``; the module itself by default.
+        module: The module, which is set to evaluation. It must be on the device of ``x``, e.g.
+            meta.
+        x: Its input, ``(N, C, *spatial)``. FLOPs are those of all N samples.
+        run: Is called with the module and ``x``; by default it calls the module.
         parts: Names of modules inside that are called in the run.
 
     Returns:
-        Measures of the parts and, as ``''``, of the module.
+        The measures of each part, and of the whole module under the name ``''``.
 
     Raises:
-        ValueError: If a part was not called, or there is nothing to compute in it.
+        ValueError: If a part was not called, or computes nothing.
     """
     root = _Counted(module.eval(), run)
     counter = FlopCounterMode(display=False, depth=None)  # type: ignore[arg-type]  # all levels
@@ -104,7 +106,7 @@ def _complexity(module: nn.Module, part: str,
         if isinstance(layer, (KWConv1d, KWConv2d, KWConv3d)):
             counted = sum(ops(path, 'attention').values())
             attention += counted
-            # However the product of mixing weights and cells is cut: once for each sample.
+            # The product of mixing weights and cells costs the same, however it is divided.
             num_samples = counted // _attention_flops(layer)
             assembly += num_samples * layer.plan.num_mixtures * layer.cells.numel()
     return Complexity(
@@ -113,14 +115,14 @@ def _complexity(module: nn.Module, part: str,
             m for m in module.modules() if isinstance(m, WarehouseManager)),
         attention_parameters=_num_parameters(
             m for m in module.modules() if isinstance(m, Attention)),
-        # The model itself is not called where parts of it are run.
+        # Where only parts of the model are run, the model itself is not called.
         flops=sum((ops() if part else counts['Global']).values()),
         attention_flops=attention,
         assembly_flops=assembly)
 
 
 def _attention_flops(layer: KWConv) -> int:
-    """Of one sample."""
+    """FLOPs of a layer's attention for one sample."""
     plan, num_cells = layer.plan, layer.plan.num_cells
     columns, through_basis = num_cells + 1, 0
     if plan.num_basis:
@@ -138,31 +140,31 @@ def measure_config(cfg: Config, size: tuple[int, int] | None = None,
                    parts: Sequence[str] = ('backbone',)) -> dict[str, Complexity]:
     """Measures the detector or segmentor of a config.
 
-    Counted is backbone, neck and heads as they predict, without post-processing; heads that only
-    training has do not run, though their parameters count. How many boxes a two-stage
-    detector's second stage sees depends on the image; assumed are as many as its ``test_cfg``
-    lets through: ``rpn.max_per_img`` proposals, ``rcnn.max_per_img`` masks. The stages of a
-    cascade all count. RTMDet-Ins's masks, a tiny network for each box found, do not.
+    The FLOPs are those of backbone, neck and heads in prediction, without post-processing. Heads
+    that are only used in training do not run, but their parameters count. How many boxes reach the
+    second stage of a two-stage detector depends on the image; the most that its ``test_cfg`` allows
+    are assumed: ``rpn.max_per_img`` proposals and ``rcnn.max_per_img`` masks. All stages of a
+    cascade count. The masks of RTMDet-Ins, a tiny network for each box found, do not.
 
-    Models whose shapes hang on values, such as DINO, run on the CPU, with zeros for whatever a
-    convolution or a product would give.
+    Models whose shapes depend on values, such as DINO, run on the CPU, where convolutions and
+    matrix products return zeros to save time.
 
     Args:
         cfg: The config; its ``default_scope`` tells the toolbox.
-        size: Height and width of the image; what ``input_size`` gives by default.
-        parts: Names of modules inside to be measured as well; of a one-stage detector's head only
-            the modules inside it are called.
+        size: Height and width of the image; by default from ``input_size``.
+        parts: Names of modules inside to be measured as well. The head of a one-stage detector is
+            not called itself, only the modules inside it.
 
     Returns:
-        Measures of the parts and, as ``''``, of the whole.
+        The measures of each part, and of the whole model under the name ``''``.
 
     Raises:
-        ValueError: If no size is given and the config does not tell one.
+        ValueError: If no size is given and none can be found in the config.
     """
     height, width = size or input_size(cfg)
     try:
         return _measure_on('meta', cfg, height, width, parts)
-    # A value was asked for where there is none. What else is wrong fails again.
+    # The meta device has no values. Other errors will be raised again on the CPU.
     except RuntimeError:
         with _ZeroProducts():
             return _measure_on('cpu', cfg, height, width, parts)
@@ -172,14 +174,14 @@ def _measure_on(device: str, cfg: Config, height: int, width: int,
                 parts: Sequence[str]) -> dict[str, Complexity]:
     scope = cfg.get('default_scope', 'mmdet')
     with DefaultScope.overwrite_default_scope(scope), torch.device(device):
-        # DINO writes into its config.
+        # A copy, because DINO writes into its config.
         model = revert_sync_batchnorm(MODELS.build(copy.deepcopy(cfg.model)))
         image = torch.zeros(1, 3, height, width)
         return measure_module(model, image, _run, parts)
 
 
 class _ZeroProducts(TorchDispatchMode):
-    """Spares a run its costly operations: zeros of the right shape are their results."""
+    """Replaces costly operations by zeros of the right shape."""
 
     costly = {torch.ops.aten.convolution.default, torch.ops.aten.mm.default,
               torch.ops.aten.addmm.default, torch.ops.aten.bmm.default,
@@ -195,7 +197,7 @@ class _ZeroProducts(TorchDispatchMode):
 
 
 def _run(model: Any, image: Tensor) -> None:
-    """Runs a detector or segmentor in a way that hangs on no value, where it has one."""
+    """Runs a detector or segmentor in a way that depends on shapes only, if it has one."""
     if all(hasattr(model, name) for name in ('rpn_head', 'roi_head')):
         features = model.extract_feat(image)
         model.rpn_head(features)
@@ -212,7 +214,7 @@ def _run(model: Any, image: Tensor) -> None:
 
 
 def _run_roi_head(roi_head: nn.Module, feature: Tensor, num_boxes: int, num_masks: int) -> None:
-    """Runs every stage's heads on blank regions, for RoIAlign knows no meta device."""
+    """Runs the heads of all stages on empty regions, because RoIAlign has no meta device."""
     for kind, number in (('bbox', num_boxes), ('mask', num_masks)):
         if not getattr(roi_head, f'with_{kind}'):
             continue
@@ -228,8 +230,8 @@ def _run_roi_head(roi_head: nn.Module, feature: Tensor, num_boxes: int, num_mask
 def input_size(cfg: Config) -> tuple[int, int]:
     """Height and width of the images that a config is measured with.
 
-    Of a segmentor that is the crop it is trained with. Of a detector it is the largest landscape
-    image that its test pipeline gives, padded to a multiple of 32: 800 x 1344 for a ``scale`` of
+    For a segmentor it is the crop size in training. For a detector it is the largest landscape
+    image that its test pipeline can give, padded to multiples of 32: 800 x 1344 for a ``scale`` of
     1333 and 800.
 
     Raises:

@@ -22,16 +22,15 @@ from .prediction_files import CocoPredictions, write_label_map
 IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
 
 
-# OpenMMLab looks names up in the toolbox that was used last in the process. Which one that is
-# decides, for one, what LoadAnnotations means: after a segmentor was built, a detector's pipeline
-# is built from MMSegmentation's transforms, and fails.
+# OpenMMLab looks names up in the toolbox that was used last in the process. For example, after a
+# segmentor was built, LoadAnnotations in a detector's pipeline means MMSegmentation's, which fails.
 
 def scope_of(cfg: Mapping[str, Any]) -> AbstractContextManager:
-    """A context in which names mean what they mean in the toolbox of a config.
+    """A context in which names are looked up in the toolbox of a config.
 
-    Around whatever builds or runs part of a model, where a process uses more than one toolbox;
-    after it names mean what they meant before. A ``Runner`` needs none for itself: it takes over
-    the scope of its config, and leaves it behind.
+    It is needed around code that builds or runs a model or part of it, if a process uses more than
+    one toolbox. A ``Runner`` does not need it, because it sets the scope of its config, which stays
+    set afterwards.
 
     Args:
         cfg: A config with ``default_scope``, for instance ``model.cfg``.
@@ -47,12 +46,12 @@ def scope_of(cfg: Mapping[str, Any]) -> AbstractContextManager:
 
 @dataclass(frozen=True)
 class Written:
-    """What became of a number of images.
+    """What was written for a number of images.
 
     Attributes:
         pictures: Paths of the pictures.
         predictions: The COCO file of a detector, the folder of label maps of a segmentor.
-        unreadable: Paths of files that are no images that can be read.
+        unreadable: Paths of files that cannot be read as images.
     """
 
     pictures: list[Path]
@@ -61,10 +60,10 @@ class Written:
 
 
 class Predictor:
-    """Finds what a trained model sees in images, with the inferencer of its toolbox.
+    """Predicts with a trained model, through the inferencer of its toolbox.
 
     Args:
-        cfg: Of a detector or segmentor.
+        cfg: Config of a detector or segmentor.
         checkpoint: Path or URL of its weights.
         device: Where to run, for instance ``'cpu'`` or ``'cuda:1'``; None for mmengine's choice.
         optimize: Whether to make the model faster first, see ``optimize_for_inference_``.
@@ -84,7 +83,7 @@ class Predictor:
             with strict_loading():
                 self.inferencer = Inferencer(cfg, checkpoint, device=device,
                                              scope=cfg.default_scope)
-        self.inferencer.show_progress = False  # its own would be a bar for each image
+        self.inferencer.show_progress = False  # it would show a bar for each image
         if optimize:
             optimize_for_inference_(self.inferencer.model)
 
@@ -96,20 +95,20 @@ class Predictor:
     def __call__(self, images: Sequence[str], out_dir: str, score_thr: float = 0.3,
                  zoom: int | None = None,
                  progress: Callable[[Sequence[str]], Iterable[str]] = iter) -> Written:
-        """Writes pictures, and predictions for other programs.
+        """Writes pictures, and predictions as files for other programs.
 
         A picture has the name of its image, and is in ``out_dir/vis``. The predictions of a
         detector are in ``out_dir/predictions.json``, all of them, in COCO's format (see
         ``CocoPredictions``). Those of a segmentor are label maps in ``out_dir/pred``, named after
-        the images, with the ending ``.png``. What is no image is passed over.
+        the images, with the ending ``.png``. Files that cannot be read as images are skipped.
 
         Args:
-            images: Paths of images, no two of one name.
+            images: Paths of images, all with different names.
             out_dir: Folder, made if missing.
-            score_thr: Objects below this score are not drawn; for detectors alone.
-            zoom: How many times as large as the images pictures are; None for as many as make
-                labels readable.
-            progress: Goes through the images, for instance mmengine's ``track_iter_progress``.
+            score_thr: Objects below this score are not drawn; only for detectors.
+            zoom: Factor by which pictures are larger than images; None chooses one with which
+                labels are readable.
+            progress: Wraps the iteration over images, e.g. mmengine's ``track_iter_progress``.
 
         Raises:
             ValueError: If two images have the same name.
@@ -139,7 +138,7 @@ class Predictor:
 
     def _predict(self, path: str) -> Any:
         found = self.inferencer([path], return_datasamples=True)
-        # MMDetection's inferencer returns them with something else, in a list.
+        # MMDetection's inferencer returns a dict with a list of them.
         return found['predictions'][0] if isinstance(found, dict) else found
 
     def _draw(self, image: np.ndarray, sample: Any, picture: Path, score_thr: float,
@@ -153,7 +152,7 @@ class Predictor:
 
 
 def _check_names(images: Sequence[str], is_detector: bool) -> None:
-    """Refuses images whose pictures, or label maps, would have one name."""
+    """Refuses images whose pictures, or label maps, would have the same name."""
     names = [Path(image).name if is_detector else Path(image).stem for image in images]
     double = sorted(name for name, num in Counter(names).items() if num > 1)
     if double:
@@ -162,7 +161,7 @@ def _check_names(images: Sequence[str], is_detector: bool) -> None:
 
 
 def _read(path: str) -> np.ndarray | None:
-    """An image in RGB, None if it is none."""
+    """An image in RGB; None if it cannot be read."""
     try:
         return mmcv.imread(path, channel_order='rgb')
     except (AttributeError, OSError, ValueError, cv2.error):

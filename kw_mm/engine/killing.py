@@ -1,7 +1,7 @@
-"""Runs that are killed, at any time and while they write, and resumed: do they end the same?
+"""Kills runs at random times and while they write, and checks that resumed runs end the same.
 
-Each run is a fork of this process, which spares it the seconds that imports take. So it needs a
-POSIX system, and what is trained runs on one thread.
+Each run is a fork of this process, which saves the seconds that imports take. So a POSIX system is
+needed, and training runs on one thread.
 """
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ import torch
 from ..checkpoint import check_checkpoint
 from ..resuming import find_whole_checkpoint
 
-# Of one run, so that some are killed while they resume from what a kill left.
+# At most so many kills per run. With several, some hit runs that resume after a kill.
 MAX_KILLS = 4
-# What the time of day gets into.
+# Entries of a checkpoint that contain the time of day.
 UNLIKE = ('meta', 'message_hub')
 
 
 class Moment(NamedTuple):
-    """A point in the writing of a file: how often that stage of that file has been reached."""
+    """A moment in writing a file: the stage, and how often it has been reached for this file."""
 
     stage: str
     file: str
@@ -41,7 +41,7 @@ class Moment(NamedTuple):
 
 @dataclass
 class Outcome:
-    """What a campaign found."""
+    """The result of a campaign."""
 
     random: int = 0
     writing: dict[str, int] = field(default_factory=dict)
@@ -61,24 +61,24 @@ class Outcome:
 
 def run_campaign(train: Callable[[str], None], folder: str, kills: int, seed: int = 0,
                  report: Callable[[str], None] = print) -> Outcome:
-    """Kills runs and compares what they end with after resuming with a run that was left alone.
+    """Kills and resumes runs, and compares their last checkpoints with that of an undisturbed run.
 
-    Half of the kills come at random times, the others at the moments at which the run writes a
-    file in its folder: before, in the middle of and after each write, before and after the file
-    gets its name, before and after an old one is removed.
+    Half of the kills come at random times, the others while the run writes a file in its folder:
+    before, in the middle of and after each write, before and after the file gets its name, and
+    before and after an old file is removed.
 
     Args:
-        train: Trains in the folder that it is given, and resumes what it finds there. The same
-            random numbers each time, or everything will differ.
-        folder: Where to write; it must not exist. Runs that end the same are removed.
+        train: Trains in the folder that it is given, and resumes what it finds there. It must use
+            the same random numbers each time, or all runs will differ.
+        folder: Where to write; it must not exist. Runs without differences are removed.
         kills: How many.
-        seed: Of the times and moments.
-        report: Takes a line for every run that has ended.
+        seed: Seed of the times and moments of kills.
+        report: Is called with a line for every run that has ended.
 
     Raises:
-        RuntimeError: If the run fails that was left alone, or leaves no checkpoint.
+        RuntimeError: If the undisturbed run fails or leaves no checkpoint.
     """
-    torch.set_num_threads(1)  # of the children too: threads do not survive a fork
+    torch.set_num_threads(1)  # also in the children, because threads do not survive a fork
     draw = random.Random(seed)
     root = Path(folder)
     root.mkdir(parents=True)
@@ -107,7 +107,7 @@ def run_campaign(train: Callable[[str], None], folder: str, kills: int, seed: in
                 moment = Moment(stage, file, draw.randint(1, groups[stage, file]))
             status = _run(train, work_dir, delay, moment)
             if status != -signal.SIGKILL:
-                break  # also if it did not come to that moment, or was quicker
+                break  # also if it ended before that time or moment
             left -= 1
             if moment:
                 key = f'{moment.stage} {moment.file}'
@@ -140,7 +140,7 @@ def _judge(outcome: Outcome, work_dir: Path, status: int, expected: dict,
 
 
 def differences(expected: dict, found: dict) -> list[str]:
-    """The names of what is not the same, to the bit, in two checkpoints of the same training."""
+    """The names of entries that are not the same, bit by bit, in two checkpoints."""
     values, others = ({name: value for name, value in _flat(checkpoint)
                        if name.split('.')[0] not in UNLIKE} for checkpoint in (expected, found))
     return [name for name in {**values, **others}
@@ -202,7 +202,7 @@ def _run(train: Callable[[str], None], work_dir: Path, delay: float | None = Non
 
 
 class _Watch:
-    """Counts the stages of writing files in a folder, and kills this process at one of them."""
+    """Counts the stages of writing files in a folder, and kills this process at a given one."""
 
     def __init__(self, folder: Path, moment: Moment | None) -> None:
         self.folder = os.path.abspath(folder)
@@ -210,7 +210,7 @@ class _Watch:
         self.passed: list[Moment] = []
         self.counts: dict[tuple[str, str], int] = {}
         self.is_on = True
-        self.file = ''  # that is being written
+        self.file = ''  # the one that is being written
         self.open, replace, fsync = builtins.open, os.replace, os.fsync
         builtins.open = self.watched_open  # type: ignore[assignment]
         os.replace = self.around(replace, 'naming', 'named', 1)
@@ -259,7 +259,7 @@ class _Watch:
 
 
 class _WatchedStream:
-    """A stream each of whose writes is two."""
+    """A stream that splits each write into two."""
 
     def __init__(self, stream: Any, watch: _Watch) -> None:
         self._stream = stream

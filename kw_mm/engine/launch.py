@@ -1,6 +1,6 @@
-"""What the options of ``tools/train.py`` and ``tools/test.py`` change in a config.
+"""Applies the options of ``tools/train.py`` and ``tools/test.py`` to a config.
 
-Detection and segmentation configs are told apart by ``default_scope``.
+``default_scope`` tells whether a config is for detection or segmentation.
 """
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ __all__ = ['CheckpointMismatch', 'NotWrittenError', 'add_common_options', 'build
            'enable_amp_', 'enable_auto_scale_lr_', 'enable_drawing_', 'enable_tta_',
            'load_config', 'prepare_resume_', 'set_output_', 'set_resume_', 'strict_loading']
 
-# A check of data at the start of a run takes seconds: so many images of each data set are read,
-# and no annotation file beyond this size.
+# To check data sets within seconds at the start of a run, so many images of each are read, and no
+# annotation file with more bytes than this.
 _SAMPLE, _MAX_JSON = 64, 100 * 2**20
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """Adds what train and test have in common."""
+    """Adds the options that train and test have in common."""
     parser.add_argument('--work-dir', help='where to write; default: work_dirs/<config name>')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
                         help='settings that replace those of the config, e.g. '
@@ -76,12 +76,12 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def check_data_sets(args: argparse.Namespace, cfg: Config, loaders: Sequence[str]) -> None:
-    """Checks the data sets of a run by sample, and prints what was found.
+    """Checks a sample of each data set of a run, and prints what was found.
 
-    One process of a distributed run does it for all.
+    In a distributed run, one process does it for all.
 
     Raises:
-        ValueError: If they would end the run; one sentence for each kind of fault.
+        ValueError: If a fault would end the run; one sentence for each kind of fault.
     """
     if args.skip_data_check or _rank() > 0:
         return
@@ -96,7 +96,7 @@ def check_data_sets(args: argparse.Namespace, cfg: Config, loaders: Sequence[str
 
 
 def _rank() -> int:
-    """Of this process, before anything distributed is initialised."""
+    """The rank of this process, before torch.distributed is initialised."""
     for name in ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK'):
         if os.environ.get(name, '').isdecimal():
             return int(os.environ[name])
@@ -104,10 +104,10 @@ def _rank() -> int:
 
 
 def build_runner(cfg: Config) -> Any:
-    """The runner that the config asks for, with a visualizer of its own.
+    """Builds the runner of a config, with a visualizer of its own.
 
-    mmengine keeps visualizers by name. A second run of a process would get that of the first, and
-    write its figures and pictures to the other's folder.
+    mmengine keeps visualizers by name. A second run in a process would get that of the first, and
+    write its figures and pictures to the first run's folder.
     """
     name = (cfg.get('visualizer') or {}).get('name')
     if name and Visualizer.check_instance_created(name):
@@ -140,7 +140,7 @@ def enable_auto_scale_lr_(cfg: Config) -> None:
     """Scales the learning rate with the total batch size (``--auto-scale-lr``).
 
     Raises:
-        ValueError: If the config does not tell the batch size its learning rate is meant for.
+        ValueError: If the config does not say for which batch size its learning rate is.
     """
     if not (cfg.get('auto_scale_lr') or {}).get('base_batch_size'):
         raise ValueError('--auto-scale-lr needs auto_scale_lr.base_batch_size in the config, the '
@@ -152,7 +152,7 @@ def enable_auto_scale_lr_(cfg: Config) -> None:
 def set_resume_(cfg: Config, resume: str) -> None:
     """Resumes from a checkpoint, or with ``'auto'`` from the newest whole one in the work folder.
 
-    Which that is, ``choose_checkpoint_`` says once there is a runner.
+    ``choose_checkpoint_`` finds that one when there is a runner.
 
     Raises:
         FileNotFoundError: If the checkpoint does not exist.
@@ -165,10 +165,10 @@ def set_resume_(cfg: Config, resume: str) -> None:
 
 
 def prepare_resume_(runner: Runner) -> None:
-    """Prepares a run for a checkpoint that is about to set every weight.
+    """Prepares a run for a checkpoint that will set every weight.
 
-    mmengine would first load what ``init_cfg`` names, which may be gone by then. And the moving
-    average is loaded by other means, of which ``strict_loading`` knows nothing.
+    mmengine would first load the checkpoint of ``init_cfg``, which may not exist any more. And the
+    moving average is not loaded through ``strict_loading``, so it is made strict here.
     """
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     model.is_init = True
@@ -196,7 +196,7 @@ def enable_drawing_(cfg: Config, show: bool, show_dir: str | None, wait_time: fl
             hook.test_out_dir = show_dir
         else:
             cfg.visualizer.save_dir = show_dir
-            # MMSegmentation's hook would draw every 50th batch alone.
+            # MMSegmentation's hook would only draw every 50th batch.
             hook.interval = 1
 
 
@@ -224,7 +224,7 @@ def set_output_(cfg: Config, out: str) -> None:
 
 
 def enable_tta_(cfg: Config) -> None:
-    """Tests with augmentation (``--tta``): as the config says, else flipped, for detectors.
+    """Tests with augmentation (``--tta``), as the config says; detectors are flipped by default.
 
     Raises:
         ValueError: If there is neither a ``tta_pipeline`` nor a default for it, or the model
@@ -254,7 +254,7 @@ def enable_tta_(cfg: Config) -> None:
 
 
 def _flip_pipeline(pipeline: list) -> list:
-    """A detector's test pipeline whose packing sees each image twice, flipped and not."""
+    """A detector's test pipeline that returns each image twice, flipped and not."""
     meta_keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip',
                  'flip_direction')
     flips = [dict(type='RandomFlip', prob=prob) for prob in (1.0, 0.0)]

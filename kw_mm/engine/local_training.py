@@ -1,4 +1,4 @@
-"""Training on the machine at hand, however many processes suit it."""
+"""Trains on this machine, with as many processes as suit it."""
 from __future__ import annotations
 
 import os
@@ -14,21 +14,20 @@ from ..checkpoint import check_checkpoint
 from ..compat import has_accelerator
 from ..resuming import find_whole_checkpoint
 
-# On CPUs so many tensors are small that two processes of one thread each train faster than one
-# of two.
+# On CPUs many tensors are so small that two processes with one thread each train faster than one
+# with two.
 MAX_PROCESSES = 2
-# One thread per process, and glibc keeps freed memory: mapping and unmapping the kernels of each
-# iteration anew takes a fifth of its time on a CPU.
+# One thread per process. And glibc keeps freed memory, because mapping and unmapping the memory of
+# kernels takes a fifth of an iteration's time on a CPU.
 ENVIRONMENT = {'OMP_NUM_THREADS': '1', 'MALLOC_MMAP_MAX_': '0',
                'MALLOC_TRIM_THRESHOLD_': str(2**33), 'MALLOC_TOP_PAD_': str(2**27)}
 
 
 def find_trained(work_dir: str, epochs: int) -> str | None:
-    """The newest whole checkpoint of a folder if a training of so many epochs is finished there.
+    """The newest whole checkpoint of a folder, if a training of so many epochs is finished.
 
     Raises:
-        ValueError: If there are checkpoints and none of them can be used, though not for want of
-            a part.
+        ValueError: If there are checkpoints, none can be used, and not all of them are torn.
     """
     found = find_whole_checkpoint(work_dir).path
     if found is None:
@@ -38,7 +37,7 @@ def find_trained(work_dir: str, epochs: int) -> str | None:
 
 
 def train_locally(tool: Path, config: str, work_dir: str, changes: Mapping[str, Any]) -> str:
-    """Trains to the end, from wherever an earlier call got to.
+    """Trains to the end, starting where an earlier call stopped.
 
     Args:
         tool: Path of ``tools/train.py``.
@@ -72,7 +71,7 @@ def use_shapes(folder: str, config: str) -> dict[str, str]:
     changes = {f'{loader}.dataset.data_root': folder for loader in loaders}
     cfg = Config.fromfile(config)
     for evaluator in ('val_evaluator', 'test_evaluator'):
-        # Metrics of segmentation have no file: they compare with what the data set loads.
+        # Segmentation metrics have no file; they use what the data set loads.
         if 'ann_file' in cfg[evaluator]:
             changes[f'{evaluator}.ann_file'] = f'{folder}/annotations/instances_val.json'
     return changes

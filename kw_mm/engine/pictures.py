@@ -1,4 +1,4 @@
-"""Pictures of predictions that are large enough to read."""
+"""Enlarges pictures of predictions so that labels are readable."""
 from __future__ import annotations
 
 from typing import Any
@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from mmengine.structures import PixelData
 
-READABLE = 512  # pixels of the longer side
+READABLE = 512  # in pixels, of the longer side
 
 
 def zoom_of(image: np.ndarray) -> int:
@@ -16,7 +16,7 @@ def zoom_of(image: np.ndarray) -> int:
 
 
 def enlarge(image: np.ndarray, zoom: int) -> np.ndarray:
-    """An image, so many times as large."""
+    """Enlarges an image by a whole number."""
     if zoom == 1:
         return image
     height, width = (side * zoom for side in image.shape[:2])
@@ -24,7 +24,7 @@ def enlarge(image: np.ndarray, zoom: int) -> np.ndarray:
 
 
 def enlarge_(sample: Any, zoom: int) -> None:
-    """Enlarges what a data sample holds, ground truth and predictions, as its image is."""
+    """Enlarges the ground truth and predictions of a data sample by the same number."""
     if zoom == 1:
         return
     for name in ('gt_sem_seg', 'pred_sem_seg'):
@@ -39,7 +39,7 @@ def enlarge_(sample: Any, zoom: int) -> None:
         masks = instances.get('masks')
         if 'bboxes' in instances:
             instances.bboxes = instances.bboxes * zoom
-        if hasattr(masks, 'resize') and hasattr(masks, 'masks'):  # of ground truth
+        if hasattr(masks, 'resize') and hasattr(masks, 'masks'):  # those of ground truth
             instances.masks = masks.resize(tuple(side * zoom for side in masks.masks.shape[1:]))
         elif masks is not None:
             instances.masks = masks.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)

@@ -1,4 +1,4 @@
-"""What a model predicts, as files that other programs read."""
+"""Writes predictions as files for other programs."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ class CocoPredictions:
     """Detections of many images, as one file in COCO's format.
 
     Images are numbered from 1 in the order in which they are added, and categories from 1 in the
-    order of the classes. Each annotation has a ``score``; masks are run-length encoded. The file is
-    what annotation programs and ``pycocotools.coco.COCO`` take.
+    order of the classes. Each annotation has a ``score``; masks are run-length encoded. Annotation
+    programs and ``pycocotools.coco.COCO`` can read the file.
 
     Args:
         classes: Names of the classes.
@@ -28,10 +28,10 @@ class CocoPredictions:
         self.annotations: list[dict[str, Any]] = []
 
     def add(self, file_name: str, sample: Any) -> None:
-        """Adds what MMDetection found in an image, whatever its score.
+        """Adds what MMDetection found in an image, with any score.
 
         Args:
-            file_name: Of the image, as it is to be called in the file.
+            file_name: Name of the image in the file.
             sample: A ``DetDataSample``.
         """
         from mmdet.structures.mask import encode_mask_results, mask2bbox
@@ -43,7 +43,7 @@ class CocoPredictions:
         masks = found.get('masks')
         boxes = found.get('bboxes')
         if boxes is None or (masks is not None and not boxes.any()):
-            boxes = mask2bbox(masks)  # of models that predict masks alone
+            boxes = mask2bbox(masks)  # for models that predict masks only
         encoded = encode_mask_results(masks.numpy()) if masks is not None else None
         for index, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
             annotation = dict(
@@ -58,14 +58,14 @@ class CocoPredictions:
             self.annotations.append(annotation)
 
     def write(self, path: Path) -> None:
-        """Writes the file, all of it or none."""
+        """Writes the file completely or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, dict(images=self.images, annotations=self.annotations,
                               categories=self.categories))
 
 
 def write_label_map(path: Path, labels: np.ndarray) -> None:
-    """Writes the class of each pixel, counted from 0, as a PNG of one channel.
+    """Writes the class of each pixel, counted from 0, as a PNG with one channel.
 
     It has 8 bits, or 16 where there are more than 256 classes.
     """

@@ -1,4 +1,4 @@
-"""Logs of runs without the hundreds of lines that nobody reads."""
+"""Shortens logs by hundreds of lines that nobody reads."""
 from __future__ import annotations
 
 import logging
@@ -10,21 +10,21 @@ from mmengine.model import is_model_wrapper
 
 
 def shorten_log_(runner: Any) -> None:
-    """Leaves out of a run's log a line or three for every parameter.
+    """Removes one to three lines for every parameter from a run's log.
 
-    mmengine writes how each was initialised, and what each has of the optimizer's settings. One
-    line says the former in short. With ``log_level = 'DEBUG'`` nothing is left out.
+    mmengine logs how each parameter was initialised and which optimizer settings it has. One line
+    sums up the former. With ``log_level = 'DEBUG'`` nothing is removed.
 
     Args:
-        runner: A runner that is built and has not begun.
+        runner: A runner that has been built and not started.
     """
-    # mmengine sets the level of handlers, and leaves the logger's alone.
+    # mmengine sets the level of handlers, not that of the logger.
     if any(handler.level <= logging.DEBUG for handler in runner.logger.handlers):
         return
     runner.logger.addFilter(_is_worth_reading)
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     if hasattr(model, '_dump_init_info'):
-        # Called at the end of its init_weights, while the notes of what was done exist.
+        # mmengine calls it at the end of init_weights, while its records of what was done exist.
         model._dump_init_info = lambda: _summarize(model)
 
 

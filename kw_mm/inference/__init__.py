@@ -1,4 +1,4 @@
-"""Everything that can be computed once, before the first image."""
+"""Computes what is the same for all images once, before the first one."""
 from .layers import OptimizedConv
 from .optimization import OptimizationReport, optimize_for_inference_
 

@@ -1,4 +1,4 @@
-"""Which layers get bases: what they save against the memory that they take."""
+"""Chooses the layers that get bases, by the time these save and the memory they take."""
 from __future__ import annotations
 
 import math
@@ -6,22 +6,22 @@ from collections.abc import Mapping
 
 from ..plan import LayerPlan
 
-# Multiply-adds that take as long as reading one number from memory, in products of few rows on a
+# So many multiply-adds take as long as reading one number from memory, in products of few rows on a
 # CPU; measured with ResNet50's cells on two cores.
 BALANCE = 10
-# Of the hidden units, those that a ReLU leaves active.
+# Share of the hidden units that a ReLU leaves active.
 ACTIVE = 0.5
-# Blocks of bases narrower than this are not worth their bookkeeping.
+# With narrower blocks, bases cost more than they save.
 MIN_BASIS_INPLANES = 32
 
 
 def assembly_cost(plan: LayerPlan) -> float:
-    """What one kernel costs to mix from cells, in numbers read from memory."""
+    """Cost of mixing one kernel from cells, in numbers read from memory."""
     return plan.num_cells * _size(plan) * (1 + plan.num_mixtures / BALANCE)
 
 
 def bases_cost(plan: LayerPlan) -> float:
-    """What one kernel costs to mix from bases, in the same unit."""
+    """Cost of mixing one kernel from bases, in the same unit."""
     return (plan.hidden * ACTIVE + 1) * plan.num_mixtures * _size(plan)
 
 
@@ -36,11 +36,11 @@ def choose_layers(plans: Mapping[str, LayerPlan], itemsizes: Mapping[str, int],
 
     Args:
         plans: Plans of the layers by name.
-        itemsizes: Bytes of a number of each.
+        itemsizes: Bytes of one number, by layer.
         memory_budget: Bytes for all bases together.
 
     Returns:
-        Names, the most rewarding first.
+        Names, those that save most per byte first.
     """
     sizes = {name: bases_size(plan) * itemsizes[name] for name, plan in plans.items()}
     rewards = {name: (assembly_cost(plan) - bases_cost(plan)) / sizes[name]

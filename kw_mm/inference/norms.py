@@ -1,4 +1,4 @@
-"""Batch norms that stand right behind a convolution, where that is certain."""
+"""Finds batch norms that certainly follow a convolution directly."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -11,13 +11,14 @@ from ..convert.surgery import all_paths, hidden_references
 
 
 def find_norms(root: nn.Module, convs: tuple[type[nn.Module], ...]) -> dict[nn.Module, nn.Module]:
-    """Convolutions inside a module and the batch norm that each is followed by.
+    """Maps convolutions inside a module to the batch norms that directly follow them.
 
-    Certain is: neighbours in an ``nn.Sequential``, mmcv's ``ConvModule`` in that order (neither
-    with a forward of a subclass), and what a module names in ``conv_norm_pairs``. Convolutions and
-    norms with several places, a reference beside the module tree or a hook, as spectral norm has,
-    are left out, and so are norms without running statistics and those that do more than
-    normalise (timm's, which have an activation inside).
+    These pairs are certain: neighbours in an ``nn.Sequential``, convolution and norm of mmcv's
+    ``ConvModule`` if its order is that (in both cases only if no subclass changes the forward), and
+    what a module returns from ``conv_norm_pairs``. Left out are convolutions and norms that are
+    used at several places, that an attribute outside the module tree also refers to, or that have
+    hooks, as spectral norm has; and norms without running statistics or that do more than normalise
+    (timm's have an activation inside).
 
     Args:
         root: Where to look.
@@ -35,7 +36,7 @@ def find_norms(root: nn.Module, convs: tuple[type[nn.Module], ...]) -> dict[nn.M
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something is called before or after a module."""
+    """Whether a module has forward hooks."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
@@ -50,7 +51,8 @@ def _neighbours(parent: Any) -> Iterator[tuple[nn.Module, nn.Module]]:
 
 
 def _is_conv_module(module: nn.Module) -> bool:
-    # By name, for mmcv may be missing. Its efficient_conv_bn_eval folds the norm by itself.
+    # By name, because mmcv may not be installed. With efficient_conv_bn_eval it folds the norm
+    # itself.
     name = getattr(type(module).forward, '__qualname__', '')
     return name == 'ConvModule.forward' and getattr(
         module, 'efficient_conv_bn_eval_forward', None) is None

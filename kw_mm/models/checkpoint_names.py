@@ -1,4 +1,4 @@
-"""Where named checkpoints are: files, URLs, and the names of model zoos."""
+"""Finds checkpoints by name: files, URLs, and the names of model zoos."""
 from __future__ import annotations
 
 import hashlib
@@ -11,7 +11,8 @@ import torch
 from mmengine.dist import barrier, get_rank
 from mmengine.runner import checkpoint as mmengine_checkpoint
 
-# What torchvision would resolve, which we do without. The digits are the file's hash.
+# The files that torchvision's names stand for, so that torchvision need not be installed. The
+# digits are the file's hash.
 TORCHVISION_FILES = {
     'resnet18': 'resnet18-f37072fd.pth',
     'resnet34': 'resnet34-b627a593.pth',
@@ -28,7 +29,7 @@ TORCHVISION_URL = 'https://download.pytorch.org/models/'
 
 
 class DownloadFailed(ConnectionError):
-    """A checkpoint that is to be downloaded cannot be, most often for want of a network."""
+    """A checkpoint cannot be downloaded, most often because there is no network."""
 
 
 def locate_checkpoint(name: str) -> str:
@@ -67,13 +68,13 @@ def locate_checkpoint(name: str) -> str:
 
 def _download(url: str) -> str:
     folder, name = Path(torch.hub.get_dir(), 'checkpoints'), Path(urlparse(url).path).name
-    # What a hash looks like, and a date does not.
+    # Matches hashes, but not dates.
     digits = re.search(r'-((?!20\d{6}\.)[0-9a-f]{8,})\.', name)
     if digits is None:
-        # The name does not tell the content, and others may have files of that name.
+        # Such a name does not identify the content; other URLs may end in it too.
         folder /= hashlib.sha256(url.encode()).hexdigest()[:16]
     file = folder / name
-    # The first process fetches it for all that share its disk, the others for themselves.
+    # The first process downloads it. Processes that do not share its disk do so afterwards.
     for turn in (True, False):
         if (get_rank() == 0) == turn and not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)

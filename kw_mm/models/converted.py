@@ -1,4 +1,4 @@
-"""Any registered module with dynamic convolutions, in a config."""
+"""Builds any registered module with dynamic convolutions from a config."""
 from __future__ import annotations
 
 import copy
@@ -25,16 +25,16 @@ def KWConverted(module: Mapping[str, Any],
     """Builds a registered module and returns it converted, see ``convert_to_kw_``.
 
     In a config: ``dict(type='KWConverted', module=dict(type='mmdet.RegNet', ...), kw_cfg=...)``
-    wherever that module could stand. It is the module itself, with its own attributes and
-    keys but for the converted layers.
+    wherever that module could be used. The result is the module itself, with its attributes, and
+    its keys except for the converted layers.
 
-    Building loads nothing, so that a KW checkpoint and the config are all that testing
-    needs. When training starts, the Runner calls ``init_weights``, and the module starts from
-    static weights: those that the module by itself would have then, with its ``init_cfg``
-    (``Pretrained``) and those of its children.
+    Building loads no weights, so testing needs only the config and a KW checkpoint. When training
+    starts, the Runner calls ``init_weights``, and the module starts from the static weights that
+    the unconverted module would have: those of its ``init_cfg`` (``Pretrained``) and its
+    children's.
 
     Args:
-        module: Config of the module. Its type may have a scope, or is looked up in that of the
+        module: Config of the module. Its type may have a scope; otherwise it is looked up in the
             current one.
         kw_cfg: Settings of the warehouses.
         groups: Which layers share a warehouse; None finds groups from the module tree.
@@ -43,7 +43,7 @@ def KWConverted(module: Mapping[str, Any],
 
     Raises:
         TypeError: If an argument is of a wrong type.
-        ValueError: If a glob of ``filter`` matches nothing, or as ``convert_to_kw_`` has it.
+        ValueError: If a glob of ``filter`` matches nothing, or in the cases of ``convert_to_kw_``.
     """
     if not isinstance(module, Mapping) or 'type' not in module:
         raise TypeError(f'module must be the config of a registered module, got {module!r}')
@@ -63,7 +63,7 @@ def KWConverted(module: Mapping[str, Any],
     plan = conversion.apply_(start=False)
     print_log(f'{type(built).__name__} converted\n{plan}', logger='current')
     start.module = built
-    # Instead of the class's method, which would draw the KW layers' weights anew.
+    # Replaces the method of the class, which would draw new weights for the KW layers.
     built.init_weights = start  # type: ignore[assignment]
     return built
 
@@ -71,7 +71,7 @@ def KWConverted(module: Mapping[str, Any],
 class StaticStart:
     """The ``init_weights`` of a converted module.
 
-    Builds the static module once more, lets it initialise itself, and starts from its weights.
+    Builds the static module again, lets it initialise itself, and starts from its weights.
 
     Args:
         cfg: Config of the static module.
@@ -84,7 +84,7 @@ class StaticStart:
         self.module: Any = None
 
     def build(self) -> nn.Module:
-        """The static module, with the weights it is constructed with."""
+        """The static module, with the weights that its constructor gives it."""
         return build_model(copy.deepcopy(self.cfg), self.scope)
 
     def __call__(self) -> None:

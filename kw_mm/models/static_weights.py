@@ -1,4 +1,4 @@
-"""Starting KW models from the checkpoints of static ones."""
+"""Starts KW models from checkpoints of static ones."""
 from __future__ import annotations
 
 import logging
@@ -32,21 +32,21 @@ class StaticPretrained:
     """Starts a KW backbone from the weights of the static network.
 
     As a weight initialiser of mmengine: ``init_cfg=dict(type='StaticPretrained',
-    checkpoint='torchvision://resnet50')``. At temperature 0 the backbone then computes what the
-    static one does, if its budget is at least 1, and the best approximation below that. It is
-    loaded when training starts, not when a model is built, and after all other initialisers of
-    the backbone, in whatever order they are listed. Classifiers are dropped, key
-    layouts that the backbone knows (``static_layouts``) are recognised.
+    checkpoint='torchvision://resnet50')``. At temperature 0 the backbone then computes the same as
+    the static one if its budget is at least 1, and the best approximation below that. The
+    checkpoint is loaded when training starts, not when a model is built, and after all other
+    initialisers of the backbone, in whatever order they are listed. Classifiers are dropped, and
+    key layouts that the backbone knows (``static_layouts``) are recognised.
 
     Args:
-        checkpoint: What ``locate_checkpoint`` takes: a path, a URL, or a ``torchvision://`` or
-            ``open-mmlab://`` name. Tensors and plain values alone are read.
+        checkpoint: A path, a URL, or a ``torchvision://`` or ``open-mmlab://`` name, see
+            ``locate_checkpoint``. Only tensors and plain values are read.
         prefix: Of the backbone's keys; by default ``'backbone.'`` if there are any such.
 
     Raises:
         TypeError: When called, if the module is no KW backbone.
-        ValueError: When called, if the checkpoint is none, or keys are missing, unknown or
-            misshapen; they are named.
+        ValueError: When called, if the file is not a checkpoint, or keys are missing, unknown or
+            misshapen; it names them.
     """
 
     is_static_start = True  # read by KWBackbone
@@ -72,10 +72,10 @@ def read_static(checkpoint: str, prefix: str | None = None) -> dict[str, Tensor]
     """Reads the tensors of a static checkpoint, without the prefix of their keys.
 
     Args:
-        checkpoint: See ``locate_checkpoint``. The state dict may be the file itself or under its
-            key ``state_dict`` or ``model``, and every key may begin with ``module.``.
-        prefix: Only keys that begin with it are kept. None for ``'backbone.'`` if there are any
-            such, else all, as with an empty one.
+        checkpoint: See ``locate_checkpoint``. The file may be a state dict or have one as
+            ``state_dict`` or ``model``, and all keys may begin with ``module.``.
+        prefix: Only keys that begin with it are kept; all keys if it is empty. None means
+            ``'backbone.'`` if any key begins so, otherwise all keys.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -86,7 +86,7 @@ def read_static(checkpoint: str, prefix: str | None = None) -> dict[str, Tensor]
 
 def static_tensors(checkpoint: Mapping[str, Any], name: str,
                    prefix: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a checkpoint that is read; see ``read_static``."""
+    """The tensors of a checkpoint that has been read; see ``read_static``."""
     state = checkpoint
     for key in ('state_dict', 'model'):
         if isinstance(checkpoint.get(key), Mapping):
@@ -114,12 +114,12 @@ def load_static_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> StartRep
     """Starts a model from a static state dict; KW backbones inside may be in any known layout.
 
     Args:
-        model: A KW backbone, or a model with KW layers anywhere; a static twin of a KW backbone
-            is loaded.
+        model: A KW backbone, or a model with KW layers anywhere inside. A static twin is loaded as
+            it is.
         state_dict: The weights of the same model without KW.
 
     Returns:
-        How well each warehouse reproduces the static kernels, None if there is none.
+        How well each warehouse reproduces the static kernels; None if there is no warehouse.
 
     Raises:
         ValueError: If keys are missing, unknown or misshapen.
@@ -144,9 +144,9 @@ def load_static_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> StartRep
 def adapt_keys(backbone: KWBackbone, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Turns the keys of a static checkpoint into the backbone's own.
 
-    The layout in which most keys are what they should be is taken for the checkpoint's. What the
-    backbone does not have (``static_extras``) is dropped, what checkpoints may lack
-    (``static_optional``) filled in from the backbone.
+    The layout with which most keys and shapes fit is taken. Keys that the backbone does not have
+    (``static_extras``) are dropped; keys that checkpoints may lack (``static_optional``) are taken
+    from the backbone.
     """
     shapes = static_shapes(backbone)
     candidates = [dict(state_dict)]
@@ -168,19 +168,19 @@ def adapt_keys(backbone: KWBackbone, state_dict: Mapping[str, Tensor]) -> dict[s
 
 
 def static_checkpoint_to_kw(config: Config, src: str) -> tuple[dict[str, Any], StartReport | None]:
-    """Turns the checkpoint of a static detector or segmentor into one of its KW counterpart.
+    """Turns a checkpoint of a static detector or segmentor into one of its KW counterpart.
 
-    Where the checkpoint has another number of classes, the static layers that count them are left
-    out, with one line in the log: a training that starts from the result, with ``load_from``,
-    learns them from the beginning.
+    If the checkpoint has another number of classes, the static layers that depend on it are left
+    out, with one line in the log. A training that starts from the result, with ``load_from``, then
+    trains these layers from scratch.
 
     Args:
-        config: Of the KW model.
+        config: Config of the KW model.
         src: The static checkpoint; see ``read_static``.
 
     Returns:
-        The checkpoint, with which the model starts from the static weights: ``state_dict``, which
-        loads strictly if nothing was left out, and ``meta``; and how well each warehouse does.
+        The checkpoint (``state_dict``, which loads strictly if nothing was left out, and ``meta``),
+        and how well each warehouse reproduces the static kernels.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -198,7 +198,7 @@ def static_checkpoint_to_kw(config: Config, src: str) -> tuple[dict[str, Any], S
               if key in own]
     report = load_static_(model, {**state, **{key: own[key] for key in others}})
     meta = checkpoint.get('meta') or {}
-    # What inferencers read: the names of the classes.
+    # Inferencers read the names of the classes here.
     kept = {key: meta[key] for key in ('dataset_meta', 'CLASSES', 'PALETTE') if key in meta}
     state = model.state_dict()
     if others:
@@ -218,7 +218,7 @@ def build_model(cfg: Mapping[str, Any], scope: str | None = None) -> nn.Module:
 
 
 def warn_twice(name: str) -> None:
-    """Says, as mmengine does, that a second initialisation does nothing."""
+    """Warns, as mmengine does, that a second initialisation does nothing."""
     print_log(f'init_weights of {name} has been called more than once.', logger='current',
               level=logging.WARNING)
 

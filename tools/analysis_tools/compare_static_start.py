@@ -1,8 +1,8 @@
-"""Fine-tunes a detector as it is and made dynamic, from the same static weights.
+"""Fine-tunes a static detector and its KW counterpart from the same static weights.
 
 Trains a static Mask R-CNN on the generated shapes data set, makes it dynamic with
-tools/model_converters/static2kw.py, and tests both: nothing may be lost. Then both are fine-tuned
-the same way, once for each seed. What an earlier call finished is used again.
+tools/model_converters/static2kw.py, and tests both, which must give the same figures. Then both are
+fine-tuned in the same way, once for each seed. Results of an earlier call are used again.
 """
 from __future__ import annotations
 
@@ -66,11 +66,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(args: argparse.Namespace, config: str, work_dir: Path, seed: int = 0,
           start: str | None = None, epochs: int | None = None) -> str:
-    """Trains, or finds what an earlier call trained; returns the checkpoint."""
+    """Trains, unless an earlier call has; returns the checkpoint."""
     path = str(CONFIGS / f'{config}.py')
     changes = {**use_shapes(args.data, path), 'randomness.seed': seed}
     if start:
-        # By the model and not by load_from, which resuming would take for something to resume.
+        # Weights are loaded by the model, because a resumed run would take load_from for a
+        # checkpoint to resume.
         changes['model.init_cfg.type'] = 'Pretrained'
         changes['model.init_cfg.checkpoint'] = start
     if epochs:
@@ -107,7 +108,7 @@ def test(args: argparse.Namespace, config: str, checkpoint: str, work_dir: Path)
 
 
 def table(results: dict[str, list[dict]]) -> str:
-    """Figures before and after fine-tuning, the latter as mean and range over the seeds."""
+    """Figures before and after fine-tuning; the latter as mean and range over the seeds."""
     rows = []
     for name, (start, *tuned) in results.items():
         row = [name]

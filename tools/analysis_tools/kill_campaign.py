@@ -1,10 +1,10 @@
-"""Kills a small training again and again, resumes it, and compares the end with one left alone.
+"""Kills and resumes a small training again and again, and compares it with an undisturbed one.
 
     python tools/analysis_tools/kill_campaign.py CONFIG --kills 100
 
-CONFIG must train the same way each time: a seed (randomness = dict(seed=0)) and the hook
+CONFIG must train in the same way each time: with a seed (randomness = dict(seed=0)) and the hook
 RandomStateHook, see its docstring. Half of the kills come at random times, half while a file is
-written. Nothing may be refused, different or left behind; if anything is, the exit status is 1.
+written. If a resume is refused, a result differs or unfinished files remain, the exit status is 1.
 """
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f'--work-dir {args.work_dir!r} exists already')
     scope = Config.fromfile(args.config).get('default_scope')
     if scope in ('mmdet', 'mmseg'):
-        # Once here, not in each of the runs.
+        # Checked once here, not in each of the runs.
         importlib.import_module(f'{scope}.utils').register_all_modules(init_default_scope=False)
     spec = importlib.util.spec_from_file_location('train_tool', TRAIN)
     tool = importlib.util.module_from_spec(spec)
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def table(outcome: Outcome) -> str:
-    """The counts of a campaign."""
+    """A table with the counts of a campaign."""
     return '\n' + format_table(('kills', ''), [
         ('at random times', str(outcome.random)),
         *((f'while writing: {moment}', str(count))

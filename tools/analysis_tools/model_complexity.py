@@ -1,8 +1,8 @@
-"""Prints parameters and FLOPs of configs, and what KernelWarehouse's part in them is.
+"""Prints parameters and FLOPs of configs, and how many of them belong to KernelWarehouse.
 
-FLOPs are multiply-adds, counted as one each as mmengine does, of convolutions and matrix products
-for one image, on the way to a prediction without post-processing. A two-stage detector is given
-as many proposals and masks as its test_cfg lets through. No data set and no weights are needed.
+FLOPs are multiply-adds, each counted as one as in mmengine, of the convolutions and matrix products
+that predict for one image, without post-processing. A two-stage detector gets as many proposals and
+masks as its test_cfg allows. No data set and no weights are needed.
 
     python tools/analysis_tools/model_complexity.py CONFIG [CONFIG ...] [--shape 800 1344]
 

@@ -5,7 +5,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-# A command is the ``main(argv)`` of a module.
+# Each command is the ``main(argv)`` of a module.
 COMMANDS = {
     'speed': ('kw_benchmark.speed', 'KW networks beside their static twins: time, memory, floors'),
 }

@@ -1,4 +1,4 @@
-"""Generate the shapes data set, see ``kw_mm.datasets.write_shapes``.
+"""Generates the shapes data set, see ``kw_mm.datasets.write_shapes``.
 
     python tools/dataset_converters/make_shapes.py data/shapes
 """

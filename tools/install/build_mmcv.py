@@ -1,14 +1,14 @@
-"""Installs mmcv with its compiled operators, telling how far the compiler is.
+"""Installs mmcv with its compiled operators, and shows the compiler's progress.
 
     python tools/install/build_mmcv.py --constraint requirements.txt
     python tools/install/build_mmcv.py --fork    # onedl-mmcv, the maintained fork
 
-mmcv has no wheels for current versions of torch, so pip compiles its C++ files against the torch
-that is installed; torch, setuptools, wheel, ninja and psutil must be there before. pip caches
-the wheel, so a second environment gets it in seconds.
+mmcv has no wheels for current versions of torch, so pip compiles its C++ files against the
+installed torch; torch, setuptools, wheel, ninja and psutil must be installed before. pip caches the
+wheel, so a second environment gets it in seconds.
 
-GCC compiles for the CPU through precompiled.py beside this file, in a fraction of the time; other
-compilers, and GCC beside nvcc, as pip calls them.
+For the CPU, GCC is called through precompiled.py beside this file, which takes a fraction of the
+time. Other compilers, and GCC beside nvcc, are called by pip as usual.
 """
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import threading
 import time
 from pathlib import Path
 
-# Beside this file, which is where Python looks for modules of a script.
+# It lies beside this file, where Python looks for modules of a script.
 from check_env import NMS_ON_CPU, load_supported, read_pins, run_python
 
 PRECOMPILED = Path(__file__).resolve().with_name('precompiled.py')
@@ -38,7 +38,7 @@ CORE_SECONDS_CUDA = 2 * 31 * 60
 
 SECONDS_BETWEEN_LINES = 20
 
-# From the log of a failed build to what would mend it, most telling first.
+# Patterns in the log of a failed build, and what would mend it; the most specific come first.
 HINTS = (
     (r'Python\.h: No such file', 'install the headers of Python (Debian, Ubuntu: apt-get install '
                                  'python3-dev)'),
@@ -71,11 +71,11 @@ def minutes(seconds: float) -> str:
 
 
 class Progress:
-    """Follows the lines of a build and says how far it is.
+    """Reads the lines of a build and tells its progress.
 
     Args:
         jobs: Files compiled at the same time.
-        core_seconds: How long one core would compile, a guess.
+        core_seconds: A guess how long one core would compile.
         now: The time at which the build started, in seconds.
     """
 
@@ -90,7 +90,7 @@ class Progress:
         match = re.match(r'\s*\[(\d+)/(\d+)\]', line)
         if match:
             self.done, self.total = int(match[1]), int(match[2])
-        # ninja speaks only when a file is done; setuptools announces the compilation.
+        # ninja writes a line only when a file is done; setuptools says when compilation starts.
         if self.compiling_since is None and (match or 'running build_ext' in line):
             self.compiling_since = now
 
@@ -102,7 +102,8 @@ class Progress:
         spent = now - self.compiling_since
         left = self.guess - spent
         if self.total:
-            # The guess counts for a tenth of the files: the first ones alone tell too little.
+            # The guess has the weight of a tenth of the files, because the first files alone say
+            # little.
             left = ((self.total - self.done) * (spent + self.guess / 10)
                     / (self.done + self.total / 10))
         files = f'{self.done} of {self.total or "?"} files compiled'
@@ -112,7 +113,7 @@ class Progress:
 
 def run_with_progress(command: list[str], env: dict[str, str], log: Path,
                       progress: Progress) -> int:
-    """Runs a command, its output to a log, its progress to the terminal. Returns its status."""
+    """Runs a command with its output in a log and progress on the terminal. Returns its status."""
     lines: queue.Queue[str | None] = queue.Queue()
     shown = progress.started
     on_terminal = sys.stdout.isatty()
@@ -125,7 +126,8 @@ def run_with_progress(command: list[str], env: dict[str, str], log: Path,
                 lines.put(line)
             lines.put(None)
 
-        # In a thread, because a file takes half a minute and the time should go on meanwhile.
+        # In a thread, because one file takes half a minute and the time should be updated
+        # meanwhile.
         threading.Thread(target=read, daemon=True).start()
         try:
             while True:
@@ -145,7 +147,7 @@ def run_with_progress(command: list[str], env: dict[str, str], log: Path,
                 file.write(line)
                 file.flush()
                 progress.read(line, time.monotonic())
-        # Whatever ends us must not leave a compiler behind.
+        # However this process ends, no compiler may go on running.
         except BaseException:
             process.terminate()
             raise
@@ -155,7 +157,7 @@ def run_with_progress(command: list[str], env: dict[str, str], log: Path,
 
 
 def gpu_support() -> tuple[bool, bool]:
-    """Tells whether torch sees a GPU, and whether there is a CUDA compiler for it."""
+    """Whether torch sees a GPU, and whether there is a CUDA compiler."""
     done = subprocess.run(
         [sys.executable, '-c', 'import torch\nfrom torch.utils.cpp_extension import CUDA_HOME\n'
                                'print(torch.cuda.is_available(), CUDA_HOME is not None)'],
@@ -165,7 +167,7 @@ def gpu_support() -> tuple[bool, bool]:
 
 
 def is_gcc(compiler: list[str]) -> bool:
-    """Tells whether a command runs, and is GCC."""
+    """Whether a command runs and is GCC."""
     try:
         done = subprocess.run([*compiler, '--version'], capture_output=True, text=True)
     except OSError:
@@ -174,10 +176,10 @@ def is_gcc(compiler: list[str]) -> bool:
 
 
 def wrap_compiler(folder: Path) -> Path | None:
-    """Writes a command that compiles as torch's default compiler does, but sooner.
+    """Writes a command that compiles like torch's default compiler, but faster.
 
     Args:
-        folder: An empty folder, for the command and what it leaves.
+        folder: An empty folder for the command and its files.
 
     Returns:
         The command, or None if the compiler is not GCC or scripts do not run in the folder.
@@ -194,7 +196,7 @@ def build_environment(folder: Path) -> tuple[dict[str, str], float]:
     """Returns environment variables for the build and how long one core would compile.
 
     Args:
-        folder: An empty folder that is there for as long as the build.
+        folder: An empty folder that must exist during the build.
     """
     env = dict(os.environ, MMCV_WITH_OPS='1', PYTHONUNBUFFERED='1')
     if not env.get('MAX_JOBS'):
@@ -224,11 +226,11 @@ def install(name: str, versions: str, constraint: Path | None, log: Path, again:
         name: What to install, ``'mmcv'`` or its fork.
         versions: Which, e.g. ``'==2.1.0'``.
         constraint: Constraints file for pip.
-        log: Where all that pip and the compiler write goes.
+        log: File for the output of pip and the compiler.
         again: Compile even if mmcv is installed or a wheel is cached.
 
     Returns:
-        Whether something was compiled (else pip had a wheel, or nothing to do).
+        Whether something was compiled (otherwise pip had a wheel, or nothing to do).
 
     Raises:
         SystemExit: If pip fails; the end of the log has been printed.
@@ -277,7 +279,7 @@ def main(argv: list[str] | None = None) -> int:
     versions = f'=={pin}' if pin else names['SUPPORTED'][mmcv]
     prefix = Path(sys.prefix)
     log = prefix / 'mmcv-build.log'
-    # Which torch the operators were compiled for: neither the wheel nor pip knows it.
+    # Records for which torch the operators were compiled, which neither the wheel nor pip knows.
     mark = prefix / 'mmcv-built-for.txt'
     torch = found['torch']
     if torch is None:

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PIP = f'{sys.executable} -m pip'
 
-# With --pins; without, a detector alone is no error.
+# These are required with --pins only; otherwise a detector alone is fine.
 OPENMMLAB = ('mmengine', 'mmcv', 'mmdet', 'mmsegmentation')
 
 # Two boxes that overlap by 0.9 and one apart. Uses the compiled operators for real: a wheel

@@ -1,4 +1,4 @@
-"""A model made faster for one test."""
+"""Makes a model faster for one test."""
 from __future__ import annotations
 
 from typing import Any
@@ -13,8 +13,8 @@ from ...inference import optimize_for_inference_
 class OptimizeForTestHook(Hook):
     """Makes the model of a test faster in place, see ``optimize_for_inference_``.
 
-    It acts when the weights are loaded and other hooks have done what they do to them. The model
-    cannot be trained afterwards, so this is for runners that only test.
+    It acts after the weights are loaded and other hooks have changed them. The model cannot be
+    trained afterwards, so this hook is for runners that only test.
     """
 
     priority = 'LOWEST'
@@ -26,6 +26,6 @@ class OptimizeForTestHook(Hook):
         report = optimize_for_inference_(model)
         print_log(f'Optimised {len(report.layers)} KW layers and folded {report.num_folded} norms '
                   f'({report.num_bytes / 2**20:,.1f} MiB of bases)', logger='current')
-        # The averaged weights are in the model by now; they would be swapped back after the test,
-        # into layers that are no more.
+        # By now the averaged weights are in the model. After the test the hook would swap them with
+        # the others, but the layers have been replaced.
         runner._hooks = [hook for hook in runner._hooks if not isinstance(hook, EMAHook)]

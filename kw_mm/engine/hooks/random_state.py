@@ -1,4 +1,4 @@
-"""Random states in checkpoints: a resumed run goes on as if it had never stopped."""
+"""Stores random states in checkpoints, so that a resumed run continues as if never stopped."""
 from __future__ import annotations
 
 import logging
@@ -18,45 +18,45 @@ KEY = 'random_states'
 
 
 class RandomStateHook(Hook):
-    """Keeps random states in checkpoints and away from validation.
+    """Stores random states in checkpoints and protects them from validation.
 
-    mmengine saves none, so a resumed run draws other augmentations, dropout masks and so on. With
-    this hook the states of python, numpy, torch and the device at the end of an epoch are those
-    at the start of the next, whatever lies between: validation, saving, or the end of the process
-    and ``--resume``. ``load_from`` takes nothing over. The states are stored as tensors and
-    numbers, which ``torch.load(weights_only=True)`` reads.
+    mmengine does not save them, so a resumed run draws other augmentations, dropout masks and so
+    on. With this hook, each epoch starts with the states of python, numpy, torch and the device
+    that the epoch before ended with, even if there was a validation, a checkpoint, or the end of
+    the process and ``--resume`` in between. ``load_from`` does not set them. The states are stored
+    as tensors and numbers, which ``torch.load(weights_only=True)`` reads.
 
-    A run that was killed and resumed repeats the uninterrupted one to the bit if
+    A run that was killed and resumed ends exactly like an uninterrupted one if
 
-    * ``randomness = dict(seed=...)`` is set. If not, mmengine seeds the data loader before it
-      has read the checkpoint; the hook then puts the sampler's seed right, not the workers';
-    * it is resumed from a checkpoint of the end of an epoch, or in an iteration-based loop of
-      any iteration (mmengine then reads once more the data that was already trained on);
+    * ``randomness = dict(seed=...)`` is set. If not, mmengine seeds the data loader before it reads
+      the checkpoint; the hook then corrects the sampler's seed, but not that of the workers;
+    * it is resumed from a checkpoint of the end of an epoch, or of any iteration if the loop is
+      iteration-based (mmengine then reads the data again that were already used);
     * in an epoch-based loop, data are loaded with ``num_workers=0`` or by workers that start anew
       in each epoch (``persistent_workers=False``, which is not what most base configs have);
-    * transforms, data set and model hold no state that checkpoints miss, as the image cache of
+    * transforms, data set and model have no state that checkpoints lack, such as the image cache of
       ``CachedMosaic`` or gradients accumulated across the end of an epoch;
     * the operations themselves are deterministic (on a GPU: ``randomness`` with
       ``deterministic=True``) and the number of processes is the same.
 
-    A checkpoint without states, or of another number of processes, is resumed as mmengine does
-    and the log says so.
+    A checkpoint without states, or of another number of processes, is resumed as without this hook,
+    with a warning in the log.
     """
 
-    # Behind hooks that act at the end of an epoch or iteration, before CheckpointHook (VERY_LOW).
+    # After hooks that act at the end of an epoch or iteration, before CheckpointHook (VERY_LOW).
     priority = 'LOW'
 
     def __init__(self) -> None:
-        # States of all processes at the current pause of training, None while it runs.
+        # States of all processes while training pauses, None while it runs.
         self._paused: Any = None
         self._loaded: dict | None = None
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
-        """Notes the states; whether this is a resume is known when training starts."""
+        """Keeps the states until training starts, when it is known whether this is a resume."""
         self._loaded = checkpoint.get(KEY) or {}
 
     def before_train(self, runner: Any) -> None:
-        """Takes over the states of the checkpoint that the run was resumed from."""
+        """Takes the states from the checkpoint that the run was resumed from."""
         loaded, self._loaded = self._loaded, None
         if loaded is None or runner.iter == 0:
             return
@@ -74,12 +74,12 @@ class RandomStateHook(Hook):
             sampler.seed = loaded['sampler_seed']
 
     def before_train_epoch(self, runner: Any) -> None:
-        """Goes on where the last epoch ended."""
+        """Restores the states with which the last epoch ended."""
         loop = runner.train_loop
         if self._paused is None:
             return
         if isinstance(loop, IterBasedTrainLoop):
-            # The loop skips old data next, with all their random transforms.
+            # Next the loop skips data that were already used, and runs their random transforms.
             loop.dataloader_iterator = _Skipping(loop.dataloader_iterator, loop.iter,
                                                  self._put_back)
         else:
@@ -92,25 +92,26 @@ class RandomStateHook(Hook):
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None,
                          outputs: dict | None = None) -> None:
         """Collects the states of all processes if a checkpoint is due."""
-        # Not in each iteration, for it synchronises; alone, a process needs it only when saving.
+        # Not in each iteration, because it synchronises. A single process needs it only when
+        # saving.
         if get_world_size() > 1 and any(_is_due(hook, runner) for hook in runner.hooks):
             self._pause()
 
     def after_train_epoch(self, runner: Any) -> None:
-        """Holds the states for the next epoch."""
+        """Keeps the states for the next epoch."""
         self._pause()
 
     def before_val(self, runner: Any) -> None:
-        """Holds the states while validation, which may come in mid-epoch, uses others."""
+        """Keeps the states during validation, which may come within an epoch."""
         if self._paused is None:
             self._pause()
 
     def after_val(self, runner: Any) -> None:
-        """Goes on where training stopped."""
+        """Restores the states that training had."""
         self._put_back()
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
-        """Adds the states; only the main process comes here."""
+        """Adds the states; only the main process calls this."""
         states = self._paused
         if states is None and get_world_size() > 1:
             print_log('A checkpoint at a moment of its own gets no random states: the other '
@@ -168,7 +169,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def _device_generator() -> Any:
-    """The module (``torch.cuda``, ...) with the generator of this process's device, if any."""
+    """The module (``torch.cuda``, ...) with the generator of this process's device, or None."""
     module = getattr(torch, get_device(), None)
     return module if hasattr(module, 'get_rng_state') else None
 

@@ -24,15 +24,15 @@ class KWTemperatureHook(Hook):
         tau = start + (end - start) * min(1, (i + 1) / T)
 
     With the defaults that is ``max(0, 1 - (i + 1) / T)``. i is the runner's own counter, in which
-    every step of a gradient accumulation counts, so resuming needs no state. tau is set before
-    each training iteration, in any EMA copy as well, and stays for a validation in mid-schedule;
-    it is logged as ``tau``. Stand-alone validation and testing run at 0, the value of every
-    newly built model; so does a model that is fine-tuned without the hook.
+    every step of a gradient accumulation counts, so resuming needs no state. tau is set before each
+    training iteration, also in EMA copies, and is logged as ``tau``. Validation during training
+    uses the current value. Stand-alone validation and testing, and training without the hook, run
+    at 0, the value of every newly built model.
 
     Args:
-        epochs: Length T of the schedule in epochs, passes of the training data loader. Where the
-            loader samples without end, an epoch is as many batches as cover the data set.
-        iters: Length T in iterations, instead.
+        epochs: Length T of the schedule in epochs of the training data loader. If the loader
+            samples without end, an epoch is as many batches as cover the data set.
+        iters: Length T in iterations, instead of ``epochs``.
         start: Temperature before the first iteration, in [0, 1].
         end: Temperature from iteration T - 1 on, in [0, 1].
 
@@ -58,10 +58,10 @@ class KWTemperatureHook(Hook):
         self.end = end
 
     def before_train(self, runner: Any) -> None:
-        """Finds the length of the schedule and where in it a resumed run stands."""
+        """Finds the length of the schedule, and the place in it of a resumed run."""
         self._length = self.iters or (self.epochs or 0) * _iters_per_epoch(
             runner.train_dataloader)
-        # What the last iteration left, so that a validation that comes first is right as well.
+        # The value of the last iteration, so that it is right if validation comes first.
         if not self._set(runner, runner.iter):
             raise ValueError('KWTemperatureHook found no KW layer in the model '
                              f'{runner.model_name!r}; remove the hook or use a KW model')
@@ -73,7 +73,7 @@ class KWTemperatureHook(Hook):
                       logging.WARNING)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        """Sets and logs the temperature until it has arrived at its end."""
+        """Sets and logs the temperature until it has reached its last value."""
         if not self._finished:
             self._set(runner, runner.iter + 1)
             runner.message_hub.update_scalar('train/tau', self.temperature(runner.iter + 1))
@@ -81,7 +81,7 @@ class KWTemperatureHook(Hook):
             self._finished = runner.iter + 1 >= self._length
 
     def temperature(self, num_iters: int) -> float:
-        """The temperature of the last of ``num_iters`` iterations; ``start`` if that is 0."""
+        """The temperature in the last of ``num_iters`` iterations; ``start`` if there are none."""
         fraction = min(1, num_iters / self._length)
         # Not start + (end - start) * fraction, which may miss end by a rounding error.
         return (1 - fraction) * self.start + fraction * self.end
@@ -102,7 +102,7 @@ def _models(runner: Any) -> Iterator[nn.Module]:
 def _iters_per_epoch(loader: DataLoader) -> int:
     sampler = getattr(loader.batch_sampler, 'sampler', None)
     if isinstance(sampler, InfiniteSampler):
-        # Its length is that of the data set, while each process sees a part of it.
+        # Its length is that of the whole data set, of which each process sees a part.
         return math.ceil(len(loader) / sampler.world_size)
     return len(loader)
 

@@ -1,4 +1,4 @@
-"""What the KW backbones share: warehouses, freezing, train mode, checks of arguments."""
+"""Base class of the KW backbones: warehouses, freezing, train mode, checks of arguments."""
 from __future__ import annotations
 
 import logging
@@ -21,39 +21,39 @@ from ...plan import ConvSpec, WarehousePlan, plan_warehouses
 class KWBackbone(BaseModule):
     """Base of backbones whose dynamic convolutions share warehouses.
 
-    A subclass hands over the geometry of its dynamic convolutions, then builds every convolution
-    with ``_conv`` and, when all is built, calls ``_freeze``.
+    A subclass passes the geometry of its dynamic convolutions, builds every convolution with
+    ``_conv``, and calls ``_freeze`` at the end.
 
-    Freezing stages stops the attentions, norms and static convolutions in them. Cells are another
-    matter, for a warehouse outlives its stage: frozen layers share it with trainable ones. By
-    default all cells stay trainable, as in the authors' detectors, so that what a frozen layer
-    computes can still drift; with ``freeze_cells`` every warehouse that a frozen layer draws on
-    is frozen as well.
+    Freezing a stage freezes its attentions, norms and static convolutions. Cells are different,
+    because frozen and trainable layers may share a warehouse. By default all cells stay trainable,
+    as in the authors' detectors, so the kernels of a frozen layer can still change; with
+    ``freeze_cells`` every warehouse that a frozen layer uses is frozen too.
 
-    Layers behind the last output are built, so that every checkpoint of the network fits, but
-    neither run nor trained.
+    Layers behind the last output are built, so that all checkpoints of the network fit, but they
+    are neither run nor trained.
 
     Args:
         specs: The dynamic convolutions in module order, named by their paths in the backbone.
-        kw_cfg: Settings of the warehouses; what it leaves out is as ``kw_defaults`` says.
+        kw_cfg: Settings of the warehouses. Where it leaves something out, ``kw_defaults`` applies.
         static: Whether to build the static twin instead: the same network with an ordinary
             convolution at every path of ``specs``.
         frozen_stages: Stages up to this one are frozen, -1 for none.
         freeze_cells: Whether cells that a frozen layer draws on are frozen too.
-        norm_eval: Whether batch norms keep to their running statistics in training. So do those
-            of attentions; where they have none yet, as after a static start, they take them from
-            the first batches (see ``AttentionBatchNorm.settle``).
+        norm_eval: Whether batch norms use their running statistics in training, those in attentions
+            included. If the latter have no statistics yet, as after a static start, they take them
+            from the first batches (see ``AttentionBatchNorm.settle``).
         init_cfg: How mmengine initialises weights; None for the initial values of the method.
 
     Raises:
-        ValueError: If ``init_cfg`` asks for static weights in a way that would be ignored, or for
-            two starts, or a static twin is given a ``kw_cfg``.
+        ValueError: If ``init_cfg`` loads static weights in a way that would be ignored, or names
+            two checkpoints, or a static twin is given a ``kw_cfg``.
     """
 
     kw_defaults: Mapping[str, Any] = {}
-    init_cfg: Any  # mmengine's, as is_init
+    init_cfg: Any  # set by mmengine, like is_init
     is_init: bool
-    # Of a static checkpoint: keys that begin so are no part of the backbone, or may be missing.
+    # How keys of a static checkpoint begin that are not in the backbone, and those that may be
+    # missing.
     static_extras: tuple[str, ...] = ('fc.', 'head.', 'classifier.')
     static_optional: tuple[str, ...] = ()
 
@@ -78,17 +78,17 @@ class KWBackbone(BaseModule):
         return self.warehouse_manager.plan
 
     def static_layouts(self) -> dict[str, dict[str, str]]:
-        """Other key layouts of static checkpoints than the static twin's.
+        """Key layouts of static checkpoints that differ from the static twin's.
 
-        By the name of who uses it: paths of our modules, and what they are called there.
+        By the name of the project that uses it: paths of our modules and their names there.
         """
         return {}
 
     def init_weights(self) -> None:
         """Initialises as ``init_cfg`` says; mmengine calls it before it loads checkpoints.
 
-        Other initialisers come first and a start from a checkpoint last, in whatever order they
-        are listed. mmengine does so for ``Pretrained``, here it is for ``StaticPretrained``, too.
+        A start from a checkpoint comes after all other initialisers, in whatever order they are
+        listed. mmengine does this for ``Pretrained``; here it is done for ``StaticPretrained`` too.
         """
         if self.frozen_stages >= 0 and not self.init_cfg:
             print_log(f'frozen_stages={self.frozen_stages} without init_cfg: unless a checkpoint '
@@ -107,8 +107,8 @@ class KWBackbone(BaseModule):
             self.init_cfg = init_cfg
             self.is_init = False
         if len(starts) < len(cfgs):
-            # The start leaves some of the attentions alone, which are linear layers and norms to
-            # the other initialisers.
+            # The other initialisers treat the attentions as ordinary linear layers and norms, and
+            # the static start does not set all of their tensors.
             for layer in _kw_convs([self]):
                 layer.attention.reset_parameters()
         initialize(self, starts)
@@ -130,7 +130,7 @@ class KWBackbone(BaseModule):
         return conv
 
     def _frozen_modules(self) -> list[nn.Module]:
-        """The modules that ``frozen_stages`` stops."""
+        """The modules that ``frozen_stages`` freezes."""
         raise NotImplementedError
 
     def _idle_modules(self) -> list[nn.Module]:
@@ -142,7 +142,7 @@ class KWBackbone(BaseModule):
         for module in (*self._frozen_modules(), *idle):
             for parameter in module.parameters():
                 parameter.requires_grad = False
-        # Cells that no running layer draws on would leave distributed training waiting.
+        # Distributed training would wait forever for gradients of cells that no running layer uses.
         running = {id(layer.cells) for layer in set(_kw_convs([self])) - set(_kw_convs(idle))}
         for cells in self.warehouse_manager.weights:
             cells.requires_grad = id(cells) in running
@@ -151,7 +151,7 @@ class KWBackbone(BaseModule):
                 layer.cells.requires_grad = False
 
     def train(self, mode: bool = True) -> KWBackbone:
-        """Sets train mode; frozen stages, and with ``norm_eval`` all batch norms, stay out."""
+        """Sets train mode, except for frozen stages and, with ``norm_eval``, batch norms."""
         super().train(mode)
         if mode:
             if self.norm_eval:
@@ -178,11 +178,11 @@ def as_list(init_cfg: Mapping[str, Any] | list | None) -> list[Mapping[str, Any]
 def check_init_cfg(init_cfg: Mapping[str, Any] | list | None) -> None:
     """Refuses an ``init_cfg`` that a base config left behind for the static backbone.
 
-    It is known by its name, before anything is fetched; static weights in a file are refused
-    when they are loaded.
+    It is recognised by the checkpoint's name, before any download; a file with static weights is
+    refused when it is loaded.
 
     Raises:
-        ValueError: If it does, or asks for more than one checkpoint to start from.
+        ValueError: If it loads static weights, or names more than one checkpoint to start from.
     """
     cfgs = as_list(init_cfg)
     pretrained = [cfg for cfg in cfgs if cfg.get('type') in ('Pretrained', PretrainedInit)]
@@ -208,7 +208,7 @@ def _starts_static(cfg: Mapping[str, Any]) -> bool:
 
 
 def mark_initialised_(module: nn.Module) -> None:
-    """Keeps mmengine from initialising what is inside, which would draw weights anew."""
+    """Keeps mmengine from initialising the modules inside again, with new weights."""
     inner: Any
     for inner in module.modules():
         if inner is not module and hasattr(inner, 'init_weights'):

@@ -20,7 +20,7 @@ ROWS = ((1, 16, 1, 1, 1), (6, 24, 2, 2, 2), (6, 32, 3, 2, 3), (6, 64, 4, 2, 4), 
         (6, 160, 3, 2, 6), (6, 320, 1, 1, 6))
 STAGES = range(1, 7)
 
-# The feature layer that each output is taken after, and the last block's.
+# The feature layer behind which each output is taken, and that of the last block.
 OUTPUT_LAYERS = (1, 3, 6, 13, 18)
 LAST_BLOCK = 17
 
@@ -28,7 +28,7 @@ DEPTHWISE, EXPAND, PROJECT = 'dwconv', 'pwconv0', 'pwconv1'
 
 
 class FeatureConv(NamedTuple):
-    """A convolution: where it is, what it is for, and what it maps."""
+    """A convolution: its path, its role and its geometry."""
 
     path: str
     kind: str
@@ -99,30 +99,30 @@ class KWMobileNetV2(KWBackbone):
     State-dict keys are torchvision's, cells under ``warehouse_manager.weights.<i>`` in the order
     of first use.
 
-    Outputs 0 to 4 are those of the feature layers 1, 3, 6, 13 and 18, at 1/2 to 1/32 of the
-    input's size; ``mmdet.MobileNetV2`` counts them 0, 1, 2, 4, 7. ``mmseg.MobileNetV2``, which has
-    no last layer, counts them 0, 1, 2, 4, 6 and is the static twin with ``last_layer=False``.
-    ``strides`` and ``dilations`` are those of ``mmseg.MobileNetV2``: an output stride of 8 is
-    ``(1, 2, 2, 1, 1, 1, 1)`` and ``(1, 1, 1, 2, 2, 4, 4)`` there, one of 16
-    ``(1, 2, 2, 2, 1, 1, 1)`` and ``(1, 1, 1, 1, 1, 2, 2)``. Neither changes warehouses or keys.
+    Outputs 0 to 4 are those of the feature layers 1, 3, 6, 13 and 18, at 1/2 to 1/32 of the input's
+    size; ``mmdet.MobileNetV2`` numbers them 0, 1, 2, 4, 7. ``mmseg.MobileNetV2`` has no last layer,
+    numbers them 0, 1, 2, 4, 6, and is the static twin with ``last_layer=False``. ``strides`` and
+    ``dilations`` are as in ``mmseg.MobileNetV2``: for an output stride of 8
+    ``(1, 2, 2, 1, 1, 1, 1)`` and ``(1, 1, 1, 2, 2, 4, 4)``, for 16 ``(1, 2, 2, 2, 1, 1, 1)`` and
+    ``(1, 1, 1, 1, 1, 2, 2)``. Neither changes warehouses or keys.
 
     Args:
         widen_factor: Width, > 0. Channels are rounded to multiples of 8.
         in_channels: Channels of the input image.
         share_pointwise: Whether expanding and projecting layers of a stage share one warehouse.
-        static_pointwise_stages: KW stages, of 1 to 6, whose pointwise layers stay static.
-        strides: Stride of the first block of each of the 7 rows of blocks, None for the network's
-            own, ``(1, 2, 2, 2, 1, 2, 1)``.
-        dilations: Dilation of the first block of each row; the blocks that follow have none.
-        last_layer: Whether output 4 is that of the last 1x1 layer (1280 channels) or of the last
-            block (320), as segmentation has it; the layer is then idle.
+        static_pointwise_stages: Those of the KW stages 1 to 6 whose pointwise layers stay static.
+        strides: Stride of the first block of each of the 7 rows of blocks; None for the original
+            ``(1, 2, 2, 2, 1, 2, 1)``.
+        dilations: Dilation of the first block of each row; the other blocks have none.
+        last_layer: Whether output 4 is that of the last 1x1 layer (1280 channels). If not, it is
+            that of the last block (320), as usual in segmentation, and the layer does not run.
         out_indices: Outputs that are returned, rising.
         frozen_stages: The layers up to this output are frozen, -1 for none.
         freeze_cells: Whether to freeze also the cells that frozen layers draw on, though
             trainable layers share them (see ``KWBackbone``).
         norm_cfg: Config of the norms outside the attention.
         act_cfg: Config of the activations outside the attention.
-        norm_eval: Whether batch norms, the attentions' included, keep to their running statistics
+        norm_eval: Whether batch norms, those in attentions included, use their running statistics
             in training.
         with_cp: Whether to recompute a block's activations in the backward pass to save memory.
         drop_path_rate: Stochastic depth, one rate for all blocks with a shortcut, in [0, 1).
@@ -171,7 +171,7 @@ class KWMobileNetV2(KWBackbone):
         layers += [InvertedResidual(block, self._block_conv, norm_cfg, act_cfg, drop_path_rate,
                                     with_cp) for block in blocks]
         layers.append(conv_norm_act(last, self._block_conv, norm_cfg, act_cfg))
-        # No nn.Sequential: that could be called, and wrappers wait for it.
+        # Not an nn.Sequential, which wrappers would expect to be called.
         self.features = nn.ModuleList(layers)
         self._freeze()
 
@@ -252,7 +252,7 @@ def _layout(widen_factor: float, in_channels: int, strides: Sequence[int],
                 convs = [FeatureConv(f'{path}.0.0', EXPAND, channels, hidden),
                          depthwise._replace(path=f'{path}.1.0'),
                          project._replace(path=f'{path}.2')]
-            # A stage's first block is handed over to the stage before it.
+            # The first block of a stage uses the warehouses of the stage before it.
             blocks.append(FeatureBlock(previous, convs))
             channels, previous = out_channels, stage
     last = FeatureConv(f'features.{len(blocks) + 1}.0', PROJECT, channels,
@@ -262,7 +262,7 @@ def _layout(widen_factor: float, in_channels: int, strides: Sequence[int],
 
 def _dynamic_convs(stem: FeatureConv, blocks: Sequence[FeatureBlock], last: FeatureConv,
                    share_pointwise: bool, static_stages: Sequence[int]) -> Iterator[ConvSpec]:
-    """The dynamic convolutions in module order, each with its warehouse's key."""
+    """The dynamic convolutions in module order, each with the key of its warehouse."""
     for stage, convs in ((0, [stem]), *blocks, (STAGES[-1], [last])):
         for conv in convs:
             kind = conv.kind

@@ -1,4 +1,4 @@
-"""The authors' checkpoints as ours, and back."""
+"""Converts the authors' checkpoints to ours and back."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -11,27 +11,27 @@ from .layout import BACKBONE, Contents, Layout, listed, unpack
 from .recognise import Match, recognise
 from .report import ConversionReport
 
-RECORD = 'kw_mm'  # in the meta of a converted file: what it takes to convert back
+RECORD = 'kw_mm'  # in the meta of a converted file: what is needed to convert it back
 
-# Of dataset_meta in MMDetection 3.x; in 2.x they are directly in the meta, in capitals.
+# Keys of dataset_meta in MMDetection 3.x. In 2.x they are in the meta itself, in capitals.
 _CLASS_FIELDS = ('classes', 'palette')
 
 
 def convert_official_checkpoint(
         checkpoint: Mapping[str, Any], weights: str | None = None,
         backbone: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], ConversionReport]:
-    """Converts what the authors have released, or trained with their code.
+    """Converts a checkpoint that the authors released, or that was trained with their code.
 
-    Names inside a backbone are the same on both sides (method, section 6). What changes is what
-    surrounds them: container, ``module.``, the classifier, and for ConvNeXt the norms of the
-    outputs, which a classifier does not have. The other parts of a detector stay as they are.
+    Names inside a backbone are the same on both sides (method, section 6). Different are the
+    container, the prefix ``module.``, the classifier, and for ConvNeXt the norms of the outputs,
+    which a classifier does not have. The other parts of a detector are not changed.
 
     Args:
         checkpoint: What ``torch.load`` returns of the authors' file: an ImageNet classifier or a
             detector of MMDetection 2.x.
         weights: ``'model_ema'``, ``'model'`` or ``'state_dict'``; by default the first of them
             that the file holds.
-        backbone: The config dict of the backbone, if it is none of the released models.
+        backbone: The config dict of the backbone, if it is not one of the released models.
 
     Returns:
         ``dict(meta=..., state_dict=...)``, for ``init_cfg=dict(type='Pretrained',

@@ -1,4 +1,4 @@
-"""Where weights lie in a checkpoint: container, prefixes, and what is not of the backbone."""
+"""Finds the weights in a checkpoint: container, prefixes, and entries outside the backbone."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
@@ -9,17 +9,18 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 
-# In order of preference: the published figures of models with both are those of the average.
+# In order of preference: where a file has averaged weights too, the published figures are theirs.
 CONTAINERS = ('model_ema', 'model', 'state_dict')
 BACKBONE = 'backbone.'
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a file holds its weights; enough to write another that holds them the same way.
+    """Where a file has its weights; enough to write another file in the same way.
 
     Attributes:
-        container: The entry of the file that holds the state dict, or None if the file is one.
+        container: The entry of the file with the state dict; None if the file itself is a state
+            dict.
         prefix: ``'module.'`` if all keys start so, otherwise empty.
         backbone_prefix: ``'backbone.'`` if the backbone's keys start so, otherwise empty.
     """
@@ -35,7 +36,7 @@ class Layout:
         return f'{self.prefix}{self.backbone_prefix}{name}'
 
     def pack(self, backbone: State, others: State, meta: Mapping[str, Any]) -> dict[str, Any]:
-        """Makes a file of this layout; without a container there is no place for ``meta``."""
+        """Makes a file of this layout. Without a container, ``meta`` is lost."""
         state = {self.key(name): tensor for name, tensor in backbone.items()}
         state.update((self.prefix + name, tensor) for name, tensor in others.items())
         if self.container is None:
@@ -49,10 +50,10 @@ class Contents:
 
     Attributes:
         layout: Where the weights are.
-        backbone: The backbone's entries, named as in the backbone; heads are still among them.
+        backbone: The backbone's entries, named as in the backbone, classifiers included.
         others: The entries of the other parts of a detector, without ``module.``.
-        choices: All containers of the file that could have been taken.
-        left_out: Entries of the file that are no weights, or not those that were taken.
+        choices: All containers of the file that have weights.
+        left_out: Entries of the file that have no weights, or others than those taken.
     """
 
     layout: Layout
@@ -81,7 +82,7 @@ def unpack(checkpoint: Mapping[str, Any], weights: str | None = None) -> Content
 
     Args:
         checkpoint: What ``torch.load`` returns.
-        weights: Which of ``CONTAINERS`` to take; by default the first of them that is there.
+        weights: Which of ``CONTAINERS`` to take; by default the first that exists.
 
     Raises:
         TypeError: If it is no mapping.
@@ -117,7 +118,7 @@ def unpack(checkpoint: Mapping[str, Any], weights: str | None = None) -> Content
 
 
 def listed(names: Iterable[Any], limit: int = 8) -> str:
-    """The first of what may be hundreds of names."""
+    """The first few of possibly hundreds of names."""
     names = [str(name) for name in names]
     more = f' and {len(names) - limit} more' if len(names) > limit else ''
     return (', '.join(names[:limit]) or 'nothing') + more

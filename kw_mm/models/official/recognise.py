@@ -1,4 +1,4 @@
-"""Which backbone a state dict is of, and in what it differs from one."""
+"""Finds the backbone that a state dict belongs to, and how the two differ."""
 from __future__ import annotations
 
 import re
@@ -19,7 +19,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Family(NamedTuple):
-    """A kind of backbone: its name, what its keys start with, and those of its classifier."""
+    """A kind of backbone: its name, how its keys start, and how those of its classifier do."""
 
     name: str
     marker: str
@@ -30,23 +30,23 @@ FAMILIES: dict[type[KWBackbone], Family] = {
     KWResNet: Family('ResNet', 'layer', ('fc.',)),
     KWConvNeXt: Family('ConvNeXt', 'stages.', ('head.', 'norm.')),
     KWMobileNetV2: Family('MobileNetV2', 'features.', ('classifier.',))}
-# Norms of the outputs, which backbones have and classifiers have not.
+# Norms of the outputs, which backbones have and classifiers lack.
 OUTPUT_NORMS = re.compile(r'norm\d\.')
 
 
 @dataclass(frozen=True)
 class Match:
-    """The backbone that a state dict is of, and in what the two differ.
+    """The backbone that a state dict belongs to, and how the two differ.
 
     Attributes:
-        family: Of the backbone.
+        family: The kind of backbone.
         config: Builds it.
-        released: The released model that it is, if it is one.
+        released: The released model, or None if it is another.
         heads: Entries of the classifier.
-        absent: Shapes of the output norms, where the state dict has none of them.
-        missing: Further entries that are not there, with the shapes they should have.
-        unknown: Entries that the backbone has not, with their shapes.
-        misshapen: Entries of another shape: what it is and what it should be.
+        absent: Shapes of the output norms, if the state dict has none of them.
+        missing: Other missing entries, with the shapes they should have.
+        unknown: Entries that the backbone does not have, with their shapes.
+        misshapen: Entries of a wrong shape: the shape they have and the one they should have.
     """
 
     family: str
@@ -60,7 +60,7 @@ class Match:
 
     @property
     def num_differences(self) -> int:
-        """How many entries keep the state dict from being the backbone's."""
+        """How many entries differ."""
         return len(self.missing) + len(self.unknown) + len(self.misshapen)
 
     def describe(self, name: Callable[[str], str]) -> str:
@@ -78,13 +78,13 @@ def recognise(state: Mapping[str, Tensor], name: Callable[[str], str],
     """Finds the released model whose state dict this is.
 
     Args:
-        state: Entries named as in the backbone; those of a classifier may be among them.
+        state: Entries named as in the backbone, possibly with those of a classifier.
         name: Turns an entry's name into its key in the file, for messages.
-        config: The backbone, if it is none of the released ones.
+        config: The backbone, if it is not one of the released models.
         may_lack_norms: Whether the norms of the backbone's outputs may all be absent.
 
     Raises:
-        ValueError: If it is the state dict of none of them, or not that of ``config``.
+        ValueError: If it is not the state dict of any of them, or of ``config``.
     """
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
     kind = _kind(shapes)
@@ -104,7 +104,7 @@ def recognise(state: Mapping[str, Tensor], name: Callable[[str], str],
 
 
 def _kind(shapes: Shapes) -> type[KWBackbone]:
-    """The class of backbone that most keys start as."""
+    """The kind of backbone that most keys fit."""
     counts = {kind: sum(key.startswith(family.marker) for key in shapes)
               for kind, family in FAMILIES.items()}
     kind = max(counts, key=counts.__getitem__)
@@ -121,7 +121,7 @@ def _kind(shapes: Shapes) -> type[KWBackbone]:
 
 def _compare(shapes: Shapes, config: dict[str, Any], released: ReleasedModel | None,
              may_lack_norms: bool) -> Match:
-    with torch.device('meta'):  # no memory for tensors
+    with torch.device('meta'):  # takes no memory for tensors
         backbone = MODELS.build({key: value for key, value in config.items() if key != 'init_cfg'})
     family = next((family for kind, family in FAMILIES.items() if isinstance(backbone, kind)), None)
     if family is None or not backbone.plan.layers:
@@ -131,8 +131,8 @@ def _compare(shapes: Shapes, config: dict[str, Any], released: ReleasedModel | N
     absent = {}
     if may_lack_norms and not any(map(OUTPUT_NORMS.match, shapes)):
         absent = {key: shape for key, shape in expected.items() if OUTPUT_NORMS.match(key)}
-    # A dynamic classifier has a warehouse among those of the backbone. Its cells have one spatial
-    # dimension, being those of a linear layer (method, section 4).
+    # The warehouse of a dynamic classifier is among those of the backbone. Its cells have one
+    # spatial dimension, as for a linear layer (method, section 4).
     heads = tuple(key for key, shape in shapes.items() if key not in expected and (
         key.startswith(family.heads)
         or (key.startswith('warehouse_manager.weights.') and len(shape) == 4)))

@@ -10,7 +10,7 @@ class ReleasedModel:
     """One released model.
 
     Attributes:
-        name: As in the names of configs, ``'kw1x-r50'``.
+        name: Its name in file names of configs, ``'kw1x-r50'``.
         backbone: The config dict that builds its backbone.
         has_config: Whether there is a detection config for it.
     """
@@ -21,7 +21,7 @@ class ReleasedModel:
 
     @property
     def budget(self) -> str:
-        """In the authors' words, ``'1x'``, ``'1/2x'``."""
+        """The budget as the authors write it, ``'1x'`` or ``'1/2x'``."""
         return self.name.partition('-')[0].removeprefix('kw').replace('d', '/')
 
     @property
@@ -32,7 +32,7 @@ class ReleasedModel:
 
 
 _HALF_PLANES = dict(cell_inplane_ratio=0.5, cell_outplane_ratio=0.5)
-# The last entry of the authors' tuples is the classifier's, which a backbone does without.
+# The last entry of the authors' tuples is for the classifier, which a backbone does not have.
 _LAST_HALF = (1, 1, 1, 1, 1, 1, 0.5, 1, 0.5)
 _MOBILENETS = {
     '1d2x': dict(share_pointwise=False, static_pointwise_stages=(1, 2, 3, 4, 5), kw_cfg=dict(

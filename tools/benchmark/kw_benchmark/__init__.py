@@ -1,7 +1,7 @@
-"""The benchmark's library: time, memory and floors of KW networks beside their static twins.
+"""The benchmark's library: time, memory and lower bounds of KW networks and static twins.
 
-From what to how: ``speed`` (the command), ``setting`` (what runs, and where), ``backbones``,
-``layers`` and ``detectors`` (what is compared), ``parity`` and ``formulas`` (with what),
-``networks`` and ``programs`` (what runs), ``timing``, ``memory`` and ``machine`` (how it is
-measured, and what it cannot be less than), ``report``.
+``speed`` is the command; ``setting`` says what runs and where. ``backbones``, ``layers`` and
+``detectors`` compare KW with static; ``parity`` and ``formulas`` check results before. ``networks``
+and ``programs`` build what runs; ``timing`` and ``memory`` measure it, ``machine`` gives lower
+bounds, and ``report`` prints.
 """

@@ -1,4 +1,4 @@
-"""A KW backbone beside its static twin."""
+"""Compares a KW backbone with its static twin."""
 from __future__ import annotations
 
 from typing import Any
@@ -13,18 +13,18 @@ from .timing import time_in_turns
 
 def compare(subject: Subject, workload: Workload, rates: Rates,
             memory_budget: int | None = None, **timing: Any) -> dict[str, Any]:
-    """Measures a workload, side by side.
+    """Measures both with a workload.
 
     Args:
         subject: The backbone.
-        workload: What it is to do.
-        rates: Of the machine, for the floor.
-        memory_budget: For the optimised copy.
+        workload: What to run.
+        rates: The machine's rates, for the floor.
+        memory_budget: That of the optimised copy.
         **timing: Options of ``time_in_turns``.
 
     Returns:
-        A row of the report, plain data: ``seconds`` of each phase and program, ``ratios`` to
-        static, ``floors`` as ratios to static, or ``memory`` in bytes.
+        A row of the report as plain data: ``seconds`` of each phase and program, ``ratios`` to
+        static, and ``floors`` as ratios to static; or ``memory`` in bytes.
     """
     setting, is_training = workload.setting, workload.kind == 'training'
     row = dict(workload=workload.name, kind=workload.kind, shape=list(workload.shape),

@@ -1,4 +1,4 @@
-"""Every distinct KW layer of a backbone beside the static convolution of its geometry."""
+"""Compares each distinct KW layer of a backbone with a static convolution."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ from .timing import time_in_turns
 
 def compare_layers(subject: Subject, workload: Workload, rates: Rates,
                    memory_budget: int | None = None, **timing: Any) -> Iterator[dict[str, Any]]:
-    """Measures layer by layer, inference and, unless that is captured, training.
+    """Measures inference of each layer, and training unless CUDA graphs are used.
 
-    Before its figures each layer is compared with the plain formulas on the very input it is
-    timed with; the network as a whole is for ``check_network`` to compare. Arguments are those of
-    ``compare``; each layer gives a row of the report.
+    First each layer is compared with the plain formulas, for the same input as in timing;
+    ``check_network`` compares the whole network. Arguments are those of ``compare``. Each layer
+    gives a row of the report.
 
     Raises:
         ParityError: If a layer differs.
@@ -36,7 +36,7 @@ def compare_layers(subject: Subject, workload: Workload, rates: Rates,
         static = setting.place(nn.Conv2d(
             kw.in_channels, kw.out_channels, kw.kernel_size, kw.stride, kw.padding, kw.dilation,
             kw.groups, kw.bias is not None))
-        x = setting.place(torch.randn(shape).relu())  # as after a ReLU
+        x = setting.place(torch.randn(shape).relu())  # like the output of a ReLU
         modules = {STATIC: static, KW: kw, OPTIMISED: fast.get_submodule(name)}
         programs = {key: inference(module, x, setting) for key, module in modules.items()}
         with torch.inference_mode(), setting.autocast():

@@ -1,12 +1,11 @@
 """Peak memory of training, each network in a process of its own.
 
-On a GPU it is the most that torch had allocated. On a CPU it is the most that the system had given
-the process (resident set size), above what it held before the network was built: torch's own
-count of allocations misses what its libraries, oneDNN above all, allocate past it, and that is
-memory that a user needs. A process keeps freed memory for later, so that only the first network of
-a process is measured, and ``getrusage`` counts the parent's memory, from which a process is forked,
-as the child's: what is read is the high-water mark in ``/proc``, where there is one, set back
-before the first step. glibc's allocator is left as it comes.
+On a GPU it is the most that torch had allocated. On a CPU it is the largest resident set size of
+the process, minus that before the network was built. torch's own count of allocations would miss
+what its libraries allocate, above all oneDNN. A process keeps freed memory, so only its first
+network is measured. ``getrusage`` counts the memory of the parent as the child's. So the high-water
+mark in ``/proc`` is read, if there is one, and reset before the first step. glibc's allocator has
+its default settings.
 """
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ from .programs import run_once, training
 from .setting import Workload
 from .timing import Phases
 
-NUM_STEPS = 2  # the second has the optimizer's state beside it
+NUM_STEPS = 2  # in the second step there is an optimizer state
 _STATUS = Path('/proc/self/status')
 
 
@@ -37,12 +36,12 @@ def measure_memory(subject: Subject, workload: Workload, static: bool = False) -
 def _measure(subject: Subject, workload: Workload, static: bool, num_threads: int) -> int:
     torch.set_num_threads(num_threads)
     device = workload.setting.device if workload.setting.on_cuda else None
-    # What libraries set up once is nobody's in particular.
+    # What libraries set up once does not belong to any network.
     run_once(_prepare(nn.Conv2d(3, 8, 3), (1, 32, 32), workload))
     before = _held(device)
     program = _prepare(subject.build(static), workload.shape, workload)
     if workload.setting.compile:
-        run_once(program)  # compiling is no part of a step
+        run_once(program)  # compiling is not part of a step
     _reset_peak(device)
     for _ in range(NUM_STEPS):
         run_once(program)
@@ -63,10 +62,10 @@ def _peak(gpu: str | None) -> int:
 
 
 def _reset_peak(gpu: str | None) -> None:
-    """Forgets the peak so far, which building a network may have raised."""
+    """Resets the peak, which building a network may have raised."""
     if gpu:
         torch.cuda.reset_peak_memory_stats(gpu)
-    with contextlib.suppress(OSError):  # some systems do not let a process
+    with contextlib.suppress(OSError):  # some systems do not permit it
         Path('/proc/self/clear_refs').write_text('5')
 
 

@@ -1,12 +1,11 @@
-"""The check before every figure: what is timed computes what the method says.
+"""Checks, before any figure, that what is timed computes what the method says.
 
-A fast network that computes something else is not fast. Compared, on a small batch, are outputs,
-before and after ``optimize_for_inference_``, and, if training is timed, gradients of all
-parameters, by the very programs that are timed: on their device, in their precision and layout,
-compiled and captured as they are; and in single precision. The truth is the plain network in
-float64 (``formulas``), whose kernels are compared with the loops of ``kw_mm.ops.reference`` for
-every distinct layer. What the plain network loses in the same precision tells what error is
-torch's own.
+Compared are outputs for a small batch, before and after ``optimize_for_inference_``, and gradients
+of all parameters if training is timed. They come from the same programs that are timed, with the
+same device, precision, layout, compilation and CUDA graphs, and once more from single precision.
+They are compared with the plain network in float64 (``formulas``), whose kernels are compared with
+the loops of ``kw_mm.ops.reference`` for every distinct layer. The error of the plain network in the
+same precision shows what rounding errors are usual.
 """
 from __future__ import annotations
 
@@ -35,20 +34,21 @@ from .networks import SHAPE, distinct_layers, make_images, optimised, randomise_
 from .programs import as_tensors, inference, passes, run_once
 from .setting import Setting
 
-# Relative errors in float64: another order of additions and nothing more.
+# Relative errors allowed in float64, where only the order of additions differs.
 EXACT = 1e-9
-# In other precisions, times the plain network's own error. Single precision has room for
-# products in another order; half precisions show at once what is computed in too low a one.
+# Errors allowed in other precisions, as multiples of the plain network's. Single precision has room
+# for another order of additions; half precisions show at once if something is computed in too low a
+# precision.
 ALLOWANCE = {torch.float32: 10, torch.bfloat16: 2, torch.float16: 2}
-ROUNDINGS = 100  # of one layer, to the precision it computes in
-LEAST = 1e-6  # tolerated in any case, where the plain network happens to be exact
+ROUNDINGS = 100  # for a single layer, relative to the precision it computes in
+LEAST = 1e-6  # always allowed, because the plain network may happen to be exact
 # How much of a layer the loops compute: mixtures, cells, and channels of a cell.
 PART = 8
 
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: the relative error and what is tolerated."""
+    """One comparison: the relative error and the allowed one."""
 
     name: str
     error: float
@@ -65,7 +65,7 @@ class Check:
 
 
 class ParityError(Exception):
-    """Something computes what it should not; ``checks`` are all comparisons."""
+    """A comparison failed; ``checks`` are all comparisons."""
 
     def __init__(self, checks: Sequence[Check]) -> None:
         super().__init__('\n'.join(map(str, checks)))
@@ -74,17 +74,17 @@ class ParityError(Exception):
 
 def check_network(module: nn.Module, setting: Setting, memory_budget: int | None = None,
                   shape: tuple[int, int, int] = SHAPE, gradients: bool = True) -> list[Check]:
-    """Compares a network with the method, after giving it random statistics.
+    """Compares a network with the method, after ``randomise_``.
 
-    Batch norms keep to their running statistics: of a batch of two their own would leave the
-    attentions nothing but signs.
+    Batch norms use their running statistics, because with those of a batch of two, attentions would
+    only depend on signs.
 
     Args:
-        module: On the CPU, in single precision. ``randomise_`` changes it.
-        setting: What is to be timed in.
-        memory_budget: For the optimised copy.
+        module: The network, on the CPU, in single precision. It is changed by ``randomise_``.
+        setting: The setting in which it will be timed.
+        memory_budget: That of the optimised copy.
         shape: Batch (at least two), height and width of the images.
-        gradients: Whether to compare gradients, too, which take the longest by far.
+        gradients: Whether to compare gradients too, which takes most of the time.
 
     Raises:
         ParityError: If a comparison fails.
@@ -107,8 +107,8 @@ def check_network(module: nn.Module, setting: Setting, memory_budget: int | None
         del placed, fast
         if gradients:
             limit = _tolerance(way, _gradient_error(_gradients(plain, x, weights, eager), truth))
-            # Single tensors' gradients in half precision are noise, in torch's hands too, so that
-            # the error is their mean.
+            # In half precision the gradients of single tensors are noise, in plain torch too, so
+            # the mean of their errors is taken.
             checks.append(Check(f'gradients in {way.label}', _gradient_error(
                 _gradients(module, x, weights, way), truth), limit))
     return raise_on_failure(checks)
@@ -130,7 +130,7 @@ def check_formulas(module: nn.Module, shape: tuple[int, int, int]) -> Check:
 
 
 def compare_outputs(name: str, found: Tensor, expected: Tensor) -> Check:
-    """Compares outputs of one precision, as far as that goes."""
+    """Compares outputs of the same precision, within what that precision allows."""
     return Check(name, _error(found, expected.double()), ROUNDINGS * torch.finfo(found.dtype).eps)
 
 
@@ -146,17 +146,17 @@ def _tolerance(setting: Setting, plain_error: float) -> float:
 
 
 def _outputs(module: nn.Module, x: Tensor, setting: Setting) -> tuple[Tensor, ...]:
-    """Outputs in evaluation, by the program that is timed; the module is changed."""
+    """Outputs in evaluation, from the program that is timed. The module is changed."""
     program = inference(setting.place(module), setting.place(x), setting)
     return as_tensors(run_once(program))
 
 
 def _gradients(module: nn.Module, x: Tensor, weights: Sequence[Tensor],
                setting: Setting) -> list[Tensor]:
-    """Gradients of ``sum(weights * outputs)`` by a copy's parameters, likewise."""
+    """Gradients of ``sum(weights * outputs)`` for a copy's parameters, from the timed program."""
     module = setting.place(copy.deepcopy(module)).train()
     for layer in module.modules():
-        # What drops at random would drop other things each time.
+        # Stochastic depth and dropout would differ each time.
         if isinstance(layer, (_BatchNorm, _DropoutNd, DropPath)):
             layer.eval()
     run_once(passes(module, setting.place(x), setting, needs_input_grad=False,
@@ -177,10 +177,10 @@ def _gradient_error(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
 
 def _error(found: Tensor, truth: Tensor, norm: float = math.inf) -> float:
     difference = torch.linalg.vector_norm(found.double() - truth, norm)
-    # Where all is zero, all must be zero: anything else is infinitely wrong.
+    # If the expected values are all zero, any other value is an infinite error.
     return (difference / torch.linalg.vector_norm(truth, norm)).item() if difference != 0 else 0.0
 
 
 def _worst(errors: Sequence[float]) -> float:
-    # max() would let a NaN pass that is not the first.
+    # max() only notices a NaN if it comes first.
     return math.nan if any(map(math.isnan, errors)) else max(errors)

@@ -21,17 +21,17 @@ Row = dict[str, Any]
 
 @dataclass
 class Report:
-    """All that was measured in a run.
+    """Everything that was measured in a run.
 
     Attributes:
         machine: Its name, versions, the date; see ``machine.describe``.
         subject: What was measured.
-        rates: What the machine does in a second, by precision.
-        checks: Parity, by what was compared; all passed.
-        rows: Of backbones, see ``backbones.compare``; with ``missing`` in the place of figures
-            what could not be measured.
-        layers: Of layers, see ``layers.compare_layers``.
-        detectors: Of whole detectors, see ``detectors.compare_detectors``.
+        rates: The machine's rates, by precision.
+        checks: Parity checks, by what was compared; all passed.
+        rows: Rows of backbones, see ``backbones.compare``. What could not be measured has
+            ``missing`` instead of figures.
+        layers: Rows of layers, see ``layers.compare_layers``.
+        detectors: Rows of whole detectors, see ``detectors.compare_detectors``.
     """
 
     machine: Mapping[str, Any]
@@ -43,11 +43,11 @@ class Report:
     detectors: list[Row] = field(default_factory=list)
 
     def json(self) -> str:
-        """Everything, times in seconds and sizes in bytes."""
+        """Everything as JSON, with times in seconds and sizes in bytes."""
         return json.dumps(asdict(self), indent=1)
 
     def markdown(self) -> str:
-        """Tables under a line on the machine, each with its head."""
+        """A line about the machine, then tables with their headings."""
         machine = self.machine
         words = [machine['cpu'], machine.get('gpu'), f'{machine["threads"]} threads',
                  f'torch {machine["torch"]}', machine['date'],
@@ -70,14 +70,14 @@ class Report:
 
 
 def describe_checks(name: str, checks: Sequence[Check]) -> str:
-    """One line: how far apart what was compared is at most."""
+    """One line with the largest differences that were found."""
     worst = max(checks, key=lambda check: check.error / check.tolerance)
     return (f'Parity of {name}: {len(checks)} comparisons passed; the closest call is '
             f'{worst.name}, {worst.error:.1e} of at most {worst.tolerance:.1e}.')
 
 
 def markdown_table(rows: Iterable[Mapping[str, str]]) -> str:
-    """A table of rows by their titles, of which a row may lack some."""
+    """A table of rows, dicts by column title; a row may lack columns."""
     rows = list(rows)
     titles = list(dict.fromkeys(title for row in rows for title in row))
     lines = (titles, ['---'] * len(titles), *([row.get(title, NOTHING) for title in titles]

@@ -1,4 +1,4 @@
-"""What networks are given to do, where and in which precision."""
+"""What networks have to do, on which device and in which precision."""
 from __future__ import annotations
 
 import contextlib
@@ -16,10 +16,11 @@ KINDS = ('inference', 'training', 'memory')
 
 @dataclass(frozen=True)
 class Setting:
-    """Device, precision, layout, and how a network is run there; the same for both twins.
+    """Device, precision, layout and the way to run a network; the same for both twins.
 
-    With ``amp`` weights stay in single precision and autocast computes in ``dtype``. ``compile`` is
-    whole and for fixed shapes; ``cuda_graphs`` captures inference once and replays it.
+    With ``amp``, weights stay in single precision and autocast computes in ``dtype``. ``compile``
+    compiles the whole network for fixed shapes; ``cuda_graphs`` captures inference once and replays
+    it.
     """
 
     device: str = 'cpu'
@@ -40,7 +41,7 @@ class Setting:
 
     @property
     def at_hand(self) -> bool:
-        """Whether there is such a device."""
+        """Whether there is such a device here."""
         return not self.on_cuda or torch.cuda.is_available()
 
     @property
@@ -63,12 +64,12 @@ class Setting:
                     **dict(values, dtype=self.dtype_name))
 
     def place(self, value: Any) -> Any:
-        """A module (in place) or a 4-d tensor on the device, in its precision and layout."""
+        """Brings a module (in place) or a 4-d tensor to the device, precision and layout."""
         value = value.to(self.device, torch.float32 if self.amp else self.dtype)
         if self.channels_last and isinstance(value, Tensor):
             return value.contiguous(memory_format=torch.channels_last)
         if self.channels_last:
-            # One by one: a module's own to() refuses cells, which have five dimensions.
+            # One by one, because a module's own to() refuses cells, which have five dimensions.
             for parameter in value.parameters():
                 if parameter.dim() == 4:
                     parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
@@ -81,17 +82,18 @@ class Setting:
         return torch.autocast(torch.device(self.device).type, self.dtype)
 
     def forget_compiled(self) -> None:
-        """Makes room for other networks: torch keeps but a few variants of a ``forward``."""
+        """Makes room for other networks; torch keeps only a few variants of a ``forward``."""
         if self.compile:
             torch.compiler.reset()
 
     def callable(self, module: nn.Module, x: Tensor | None = None) -> Callable[..., Any]:
-        """A placed module as it is called: compiled if so asked, and captured if ``x`` is given."""
-        # Whole or not at all: a figure of parts compiled and parts not would be called compiled.
+        """The function to call for a placed module: compiled, and captured for ``x``, as set."""
+        # Completely or not at all, because a partly compiled network would be reported as compiled.
         run = torch.compile(module, fullgraph=True, dynamic=False) if self.compile else module
         if not self.cuda_graphs or x is None:
             return run
-        # Kernels are chosen and compiled on a side stream, which capture must not see.
+        # Choosing and compiling kernels must not be captured, so that happens on a side stream
+        # before.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), torch.inference_mode(), self.autocast():
@@ -111,10 +113,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a network is given to do.
+    """What a network has to do.
 
-    ``'inference'``, ``'training'`` (a step), or ``'memory'`` (its peak in steps) of as many images
-    of that size, in a setting.
+    The kind is ``'inference'``, ``'training'`` (a step) or ``'memory'`` (the peak in training
+    steps).
     """
 
     kind: str
@@ -139,7 +141,7 @@ class Workload:
 
     @property
     def name(self) -> str:
-        """Kind, shape and, where it is not single precision, the setting."""
+        """Kind, shape and, if it is not single precision, the setting."""
         name = f'{self.kind} {self.batch}x3x{self.height}x{self.width}'
         return name if self.setting.label == 'float32' else f'{name}, {self.setting.label}'
 
@@ -156,8 +158,8 @@ def parse_shape(text: str) -> tuple[int, int, int]:
 def paper_suite(setting: Setting) -> list[Workload]:
     """The standard workloads of the setting's device.
 
-    On a GPU inference is laid out channels last and training runs in mixed precision, whatever
-    the setting says. Steps are not captured, and memory is that of networks as they are.
+    On a GPU inference is channels-last and training uses mixed precision, whatever the setting
+    says. Training steps are not captured, and memory is measured without compilation.
     """
     training = replace(setting, cuda_graphs=False, amp=setting.amp or setting.on_cuda)
     if not setting.on_cuda:

@@ -1,16 +1,16 @@
-"""Times KW networks beside their static twins, on CPU or GPU.
+"""Times KW networks and their static twins, on CPU or GPU.
 
     python tools/benchmark speed --suite paper --json bench.json --markdown bench.md
     python tools/benchmark speed --depth 18 --inference 1x224x224 --training 2x480x640
     python tools/benchmark speed --layers 1x800x1344 --budgets 4
     python tools/benchmark speed --whole KW_CONFIG STATIC_CONFIG --shape 1x800x1344
 
-First what is to be timed is compared with the method, in the setting it is timed in: outputs,
-before and after optimize_for_inference_, and for training gradients; if anything differs, that is
-printed, no speed is, and the exit status is 1. Then the networks run in turns in one process; the
-ratio to static, the floor (bytes and operations over the machine's measured rates) and memory are
-printed as Markdown. Shapes are BATCHxHEIGHTxWIDTH. Without CUDA, the GPU's rows of the suite are
-named and left open.
+First the results are compared with the method, in the same setting: outputs before and after
+optimize_for_inference_, and gradients if training is timed. If anything differs, that is printed
+instead of figures, and the exit status is 1. Then the networks run in turns in one process. Printed
+as Markdown are the ratio to static, the floor (bytes and operations divided by the machine's
+measured rates) and memory. Shapes are BATCHxHEIGHTxWIDTH. Without CUDA, the suite's rows for GPUs
+are listed without figures.
 """
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def settle(args: argparse.Namespace, parser: argparse.ArgumentParser
            ) -> tuple[Setting, list[Workload]]:
-    """The setting and the workloads, after a look at what the options say together."""
+    """The setting and the workloads, after checking that the options fit together."""
     args.options = dict(args.options)
     if args.backbone == 'KWResNet':
         args.options.setdefault('depth', args.depth or 50)
@@ -132,7 +132,7 @@ def settle(args: argparse.Namespace, parser: argparse.ArgumentParser
 
 def measure(args: argparse.Namespace, setting: Setting, workloads: Sequence[Workload],
             report: Report) -> None:
-    """Compares everything with the method, then measures it, into the report.
+    """Compares everything with the method, then measures it and fills the report.
 
     Raises:
         ParityError: If something differs.
@@ -144,7 +144,7 @@ def measure(args: argparse.Namespace, setting: Setting, workloads: Sequence[Work
     def start(text: str) -> None:
         print(f'... {text}', file=sys.stderr, flush=True)
         torch.manual_seed(args.seed)
-        gc.collect()  # the networks before, whose modules refer to each other
+        gc.collect()  # earlier networks, whose modules refer to each other
 
     def rates(setting: Setting) -> Rates:
         name = f'{"GPU " if setting.on_cuda else ""}{setting.dtype_name}'
@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     setting, workloads = settle(args, parser)
     title = ', '.join((args.backbone, *(f'{key}={value}' for key, value in args.options.items()))
                       ) if workloads or args.layers else 'Detectors'
-    # Of the optimizers of detectors mmengine logs every parameter.
+    # mmengine logs every parameter when it builds the optimizer of a detector.
     MMLogger.get_current_instance().setLevel('WARNING')
     report = Report(describe(), f'{title}: KernelWarehouse over static')
     try:

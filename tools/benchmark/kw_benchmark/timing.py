@@ -1,9 +1,9 @@
 """Times of several programs, taken in turns.
 
-``torch.utils.benchmark.Timer`` measures one program after another and warms up before each
-sample, which on a machine with other tenants compares one minute with the next, and triples what
-a training step of seconds costs. Here every round runs each program once, so that a ratio is one
-of neighbours.
+``torch.utils.benchmark.Timer`` measures one program after the other and warms up before each
+sample. On a shared machine that compares different minutes, and for training steps of seconds it
+takes three times as long. Here every round runs each program once, so that a ratio compares times
+of the same moment.
 """
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-# A program: phases by name, run in order. A phase is given what the one before it returned.
+# A program: phases by name, run in order. Each phase gets the result of the one before.
 Phases = Mapping[str, Callable[[Any], Any]]
 
 
 class Ratio(NamedTuple):
-    """How much longer one program takes than another, over the rounds."""
+    """The ratio of two programs' times over all rounds."""
 
     median: float
     low: float
@@ -48,7 +48,7 @@ class Times:
         return statistics.median(self.rounds(*names))
 
     def over(self, other: Times, *names: str) -> Ratio:
-        """Ratio to another program's times of the same rounds."""
+        """The ratio to another program's times in the same rounds."""
         ratios = [a / b for a, b in zip(self.rounds(*names), other.rounds(*names))]
         return Ratio(statistics.median(ratios), min(ratios), max(ratios))
 
@@ -59,7 +59,7 @@ class Times:
 
 
 def synchronise(device: str) -> None:
-    """Waits for what the device has been given."""
+    """Waits until the device has finished."""
     if torch.device(device).type == 'cuda':
         torch.cuda.synchronize(device)
 
@@ -68,7 +68,7 @@ def time_in_turns(programs: Mapping[str, Phases], device: str = 'cpu', num_round
                   num_warmups: int = 2, min_seconds: float = 0.2) -> dict[str, Times]:
     """Runs programs in turns, A B A B, and takes the time of every phase.
 
-    On CUDA, events stand between the phases, so that none waits for the one before it.
+    On CUDA, events are recorded between the phases, so that no phase waits for the one before.
 
     Each is warmed up, then measured ``num_rounds`` times. A short program is repeated within a
     round to last about ``min_seconds``; its times are the means.
@@ -85,7 +85,8 @@ def time_in_turns(programs: Mapping[str, Phases], device: str = 'cpu', num_round
     gc.disable()
     try:
         for index in range(num_rounds):
-            # Backwards every other time: neither always finds the caches as the other left them.
+            # The order is reversed in every other round, so that no program always runs after the
+            # same one.
             for name in list(programs)[::1 if index % 2 == 0 else -1]:
                 samples[name].append(_run(programs[name], device, repeats[name]))
     finally:
@@ -106,7 +107,7 @@ def _run(phases: Phases, device: str, repeats: int) -> dict[str, float]:
         for phase in phases.values():
             value = phase(value)
             marks[-1].append(_mark(on_cuda))
-        del value  # or the next repeat runs beside its tensors
+        del value  # otherwise its tensors would exist during the next repeat
     synchronise(device)
     return {name: sum(_elapsed(row[i], row[i + 1]) for row in marks) / repeats
             for i, name in enumerate(phases)}
