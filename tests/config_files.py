@@ -1,4 +1,4 @@
-"""The configs of the project, for the tests of all, of the detectors' and of the segmentors'."""
+"""The configs of the project, for several test files."""
 import copy
 import functools
 import re
@@ -17,7 +17,7 @@ DET_CONFIGS = [name for name in CONFIGS if name not in SEG_CONFIGS]
 
 
 def read_config(name):
-    """A config, to be changed at will; each is read once, for that takes a third of a second."""
+    """A copy of a config. Each is read once, because that takes a third of a second."""
     return copy.deepcopy(_read(name))
 
 
@@ -27,7 +27,7 @@ def _read(name):
 
 
 def by_model(names):
-    """Lists of the names that differ in how long they train alone: 1x and 3x, 80k and 160k."""
+    """Lists of names that differ only in the length of training: 1x and 3x, 80k and 160k."""
     models = {}
     for name in names:
         models.setdefault(re.sub(r'-\d+[xek]_', '_', name), []).append(name)
@@ -35,7 +35,7 @@ def by_model(names):
 
 
 def without_downloads(model):
-    """A model's config with no weights to fetch."""
+    """A model's config without weights to download."""
     for _, node in all_dicts(model):
         if 'checkpoint' in str(node.get('init_cfg')):
             node.init_cfg = None

@@ -1,6 +1,6 @@
-"""For all tests: a scope of their own, mmengine's repeated work done once, what is not installed.
+"""For all tests: default scopes, packages that are not installed, repeated work of mmengine.
 
-Where OpenMMLab is not installed the tests of the core run, and the others are skipped.
+If OpenMMLab is not installed, the tests of the core run and the others are skipped.
 """
 import functools
 import importlib.util
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-# Here, so that no test is skipped because the core itself cannot be imported.
+# Imported here, so that tests fail, and are not skipped, if the core cannot be imported.
 import kw_mm
 
 MISSING = [name for name in ('mmengine', 'mmcv', 'mmdet', 'mmseg')
@@ -17,10 +17,10 @@ MISSING = [name for name in ('mmengine', 'mmcv', 'mmdet', 'mmseg')
 
 
 def missing_package(error):
-    """Returns the package of OpenMMLab for which a test asked in vain, None if that is not it.
+    """Returns the package of OpenMMLab that a test could not import, None if it failed otherwise.
 
-    What a module of kw_mm imports when it is called is not what the test asked for: the core must
-    do without.
+    If a function of kw_mm imports it when called, that is a failure, because the core must work
+    without.
     """
     name = (getattr(error, 'name', None) or '').partition('.')[0]
     files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)
@@ -31,7 +31,7 @@ def missing_package(error):
 
 if MISSING:
     class TestFile(pytest.Module):
-        """A file of tests that is skipped as a whole if it imports what is missing."""
+        """A file of tests that is skipped if it imports a missing package."""
 
         def _getobj(self):
             try:
@@ -59,23 +59,23 @@ if importlib.util.find_spec('mmengine'):
 
     @pytest.fixture(autouse=True)
     def own_scope():
-        """The default scope that a test leaves is gone for the next one, whichever that is."""
+        """Resets the default scope after each test."""
         before = dict(DefaultScope._instance_dict)
         yield
         DefaultScope._instance_dict.clear()
         DefaultScope._instance_dict.update(before)
 
     def format_once(format_code):
-        """Formats each text once: a runner asks for that of its config five times."""
+        """Formats each text once, because a runner formats its config five times."""
         @functools.cache
         def formatted(text, style):
             return format_code(text, style_config=dict(style))
 
         return lambda text, style_config: formatted(text, tuple(style_config.items()))
 
-    # What follows gives the same result each time.
+    # These give the same result each time.
     config.FormatCode = format_once(config.FormatCode)
-    # For every `mmdet::` base of a config mmengine reads all metafiles of the package, a hundred.
+    # For every `mmdet::` base of a config mmengine reads all hundred metafiles of the package.
     utils.load = functools.cache(utils.load)
-    # It asks compilers for their versions whenever a runner is built.
+    # Every runner asks compilers for their versions.
     runner.collect_env = functools.cache(runner.collect_env)

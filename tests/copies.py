@@ -1,4 +1,4 @@
-"""The ways to have a module twice: in memory, and through a file."""
+"""Ways to copy a module: in memory, and through a file."""
 from __future__ import annotations
 
 import copy

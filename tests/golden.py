@@ -1,7 +1,7 @@
-"""Reads the golden files in ``data/golden``: what the authors' backbones compute, in float64.
+"""Reads the golden files in ``data/golden``: outputs of the authors' backbones, in float64.
 
-The values behind them follow from names and shapes alone: a state-dict entry is drawn from
-numpy's ``RandomState`` seeded with the CRC-32 of its key, so that no weights need shipping.
+The weights are not stored, because they follow from names and shapes: each state-dict entry is
+drawn from numpy's ``RandomState``, seeded with the CRC-32 of its key.
 """
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def load(name: str) -> dict:
 
 
 def backbone_entries(entries: dict) -> dict:
-    """What belongs to the backbone of a dict keyed by state-dict names, without its classifier."""
+    """The entries of the backbone in a dict with state-dict names, without its classifier."""
     classifier = ('fc.', 'classifier.', 'head.', 'norm.')
     if any(key.startswith('classifier.1.conv') for key in entries):
         classifier += ('warehouse_manager.weights.9',)  # the cells of a dynamic classifier
@@ -42,7 +42,7 @@ def value(key: str, shape: tuple[int, ...]) -> torch.Tensor:
         drawn = 0.5 + 0.1 * noise
     elif len(shape) == 1:  # scale of a norm
         drawn = 1 + 0.1 * noise
-    else:  # fan-in of a weight; positions and input channels alone for cells
+    else:  # fan-in of a weight; for cells only positions and input channels
         fan = shape[2:] if 'warehouse_manager.weights' in key else shape[1:]
         drawn = noise * math.sqrt(2 / max(1, math.prod(fan)))
     return torch.from_numpy(np.asarray(drawn, dtype=np.float64))

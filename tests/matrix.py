@@ -1,4 +1,4 @@
-"""The networks of the matrix test, and what its other processes run: they import this module."""
+"""The networks of the matrix test, and the functions that its other processes run."""
 from __future__ import annotations
 
 import functools
@@ -39,7 +39,7 @@ def convnext() -> nn.Module:
 
 
 def mobilenet() -> nn.Module:
-    return KWMobileNetV2(0.1, out_indices=(0,), norm_eval=False)  # what is behind it is idle
+    return KWMobileNetV2(0.1, out_indices=(0,), norm_eval=False)  # the layers behind it do not run
 
 
 def regnet() -> nn.Module:
@@ -90,12 +90,12 @@ MODELS = dict(resnet18=resnet18, resnet50=resnet50, convnext=convnext, mobilenet
 
 
 def run(net: nn.Module, x: Tensor) -> list[Tensor]:
-    """What a network gives in another process."""
+    """The outputs of a network in another process."""
     return [y.numpy() for y in outputs(net, x)]
 
 
-# Parts of a network that are sharded by themselves. Torch's policy takes all that are large enough,
-# the cells as well; it can be told to leave them to the network.
+# Which parts of a network are sharded separately. Torch's policy takes all that are large enough,
+# cells included; it can be told to leave the cells to the root.
 TORCH_POLICY = functools.partial(size_based_auto_wrap_policy, min_num_params=500)
 POLICIES = dict(none=None, torch=TORCH_POLICY, told=functools.partial(
     TORCH_POLICY, force_leaf_modules={WarehouseManager}))
@@ -111,8 +111,8 @@ def run_sharded(rank: int, meeting_place: str, net: nn.Module, x: Tensor, policy
         net: The network.
         x: The whole batch.
         policy: A key of ``POLICIES``.
-        original: Whether the network keeps its parameters, beside those that are sharded; the
-            gradients are empty otherwise.
+        original: Whether the network keeps its own parameters too. If not, there are no gradients
+            to return.
     """
     dist.init_process_group('gloo', init_method=f'file://{meeting_place}', rank=rank, world_size=2)
     try:

@@ -1,4 +1,4 @@
-"""What tests of ``optimize_for_inference_`` share."""
+"""Helpers for tests of ``optimize_for_inference_``."""
 from __future__ import annotations
 
 import copy
@@ -27,7 +27,7 @@ def perturb_norms_(module: nn.Module) -> nn.Module:
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Sets whatever starts at zero or one to random values, in place, and evaluation."""
+    """Replaces initial zeros and ones by random values, in place, and sets evaluation."""
     torch.manual_seed(seed)
     perturb_norms_(module)
     for layer in module.modules():
@@ -38,7 +38,7 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
             nn.init.uniform_(layer.gamma, 0.5, 1.5)
         elif isinstance(getattr(layer, 'bias', None), nn.Parameter):
             nn.init.normal_(layer.bias, 0, 0.2)
-    module.eval()  # which not every module returns
+    module.eval()  # on a line of its own, because not every module returns itself
     return module
 
 
@@ -69,14 +69,14 @@ def optimised_with(kind: str, module: nn.Module) -> tuple[nn.Module, Optimizatio
 
 
 def outputs(module: nn.Module, x: Tensor, grad: bool = False) -> tuple[Tensor, ...]:
-    """What a module returns, as a tuple."""
+    """The outputs of a module as a tuple."""
     with torch.set_grad_enabled(grad):
         y = module(x.clone())  # some begin with an activation in place
     return (y,) if isinstance(y, Tensor) else tuple(y)
 
 
 def error(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
-    """The largest relative error of an output, its norm against the expected one's."""
+    """The largest relative error of an output, in the 2-norm."""
     worst = 0.0
     for a, b in zip(actual, expected, strict=True):
         assert a.shape == b.shape

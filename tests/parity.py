@@ -1,4 +1,4 @@
-"""Holds a fast function to its reference, and draws the geometries to do so with."""
+"""Compares a fast function with its reference, for random geometries."""
 from __future__ import annotations
 
 import math
@@ -33,7 +33,7 @@ def geometries(draw: st.DrawFn) -> dict:
 
 
 def leaf(*shape: int) -> Tensor:
-    """Random numbers, in float64, that ask for a gradient."""
+    """Random numbers in float64 that require a gradient."""
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
@@ -44,7 +44,7 @@ def check(function: Callable[..., Tensor], twin: Callable[..., Tensor],
     outputs = [f(*inputs, *rest) for f in (function, twin)]
     torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
     weights = torch.randn_like(outputs[0])
-    # A loop over no samples has no graph; the added zero lends it one.
+    # A loop over no samples has no graph. Adding zero gives it one.
     fast, slow = (torch.autograd.grad((out * weights).sum() + sum(t.sum() * 0 for t in leaves),
                                       leaves) for out in outputs)
     for actual, expected in zip(fast, slow):

@@ -1,8 +1,9 @@
-"""What a model predicts and learns depends neither on the batch an image is in, nor on the memory
-format of images, nor on who computes.
+"""Predictions and gradients depend neither on the batch, nor on the memory format of images, nor on
+whether the compiled products are used.
 
-Detections of one image differed from those of the same image in a batch: its feature maps were
-channels-last, which RoIAlign reads as if they were contiguous. A ConvNeXt's were so in any batch.
+Detections for a single image differed from those for the same image in a batch, because its feature
+maps were channels-last, which RoIAlign reads as contiguous. Those of a ConvNeXt were always
+channels-last.
 """
 import copy
 import itertools
@@ -30,19 +31,19 @@ SHAPE = 64, 96
 
 
 def model_key(name):
-    """Of a config: its family, and its backbone whatever the budget."""
+    """The family of a config, and its backbone without the budget."""
     family, file = name.split('/')
     backbone = re.search('r18|r50|convnext|mobilenet|regnet|swin', file)
     return family, backbone.group(), file.split('_')[0]
 
 
-# One config of each family and backbone; ConvNeXt's static twin, which was wrong as well.
+# One config of each family and backbone, and ConvNeXt's static twin, which was wrong too.
 MODELS = list({model_key(name): name for name in CONFIGS if '_kw' in name}.values()) + [
     'mask_rcnn/mask-rcnn_convnext-t_fpn_ms-adamw-1x_coco.py']
 
 
 def small(cfg):
-    """The config of a model, about 8 times narrower, without chance and without hard decisions."""
+    """The config of a model about 8 times narrower, without randomness and hard decisions."""
     model = without_downloads(cfg.model)
     shrink_backbone(model.backbone)
     for _, node in all_dicts({key: value for key, value in model.items() if key != 'backbone'}):
@@ -56,12 +57,12 @@ def small(cfg):
                 node[key] = None
             elif key == 'dropout_ratio':
                 node[key] = 0
-            elif key == 'iou_threshold':  # nothing is suppressed for a rounding error
+            elif key == 'iou_threshold':  # so that no rounding error suppresses a box
                 node[key] = 1
             elif key == 'score_thr':
                 node[key] = 0
             elif key == 'max_per_img':
-                # Proposals all, for which of two equal ones is left out is chance.
+                # All proposals, because it is random which of two equal ones is dropped.
                 node[key] = 20 if value < 1000 else 10_000
             elif key == 'sampler':
                 value.num = 10_000
@@ -96,7 +97,7 @@ def shrink_backbone(backbone):
 
 
 def fit_to_backbone(model, backbone):
-    """Sets the channels that necks and heads take of a backbone."""
+    """Sets the input channels of necks and heads to those of the backbone."""
     backbone.eval()
     with torch.no_grad():
         channels = [y.shape[1] for y in backbone(torch.randn(1, 3, *SHAPE))]
@@ -122,7 +123,7 @@ def build(name):
     model = revert_sync_batchnorm(registry.build(model))
     randomise(model.backbone)
     for key, parameter in model.named_parameters():
-        # Heads start with next to equal scores for everything.
+        # Heads start with almost equal scores for everything.
         if key.startswith('backbone'):
             continue
         if parameter.dim() > 1:
@@ -161,7 +162,7 @@ def make_samples(name, num):
 
 
 def predict(name, model, images):
-    """What is found in each image: logits of classes, or instances."""
+    """The predictions for each image: logits of classes, or instances."""
     samples = make_samples(name, len(images))
     with torch.no_grad():
         if name in SEG_CONFIGS:
@@ -175,7 +176,7 @@ def assert_same(found, expected, context):
         return
     assert len(found) == len(expected) > 0, context
     for box, label, score in zip(found.bboxes, found.labels, found.scores):
-        # Equal scores may come in any order, and which of them are kept last is chance.
+        # Equal scores may come in any order, and which of them is the last to be kept is random.
         if score - expected.scores.min() < 5e-6:
             continue
         alike = (expected.labels == label) & ((expected.scores - score).abs() < 1e-4) & (
@@ -190,8 +191,8 @@ def assert_same(found, expected, context):
 def step(name, model, images):
     """Losses and gradients of a training step.
 
-    Batch norms keep to their running statistics: with those of two small images, or of two samples
-    in an attention, a rounding error grows to percents.
+    Batch norms use their running statistics. With those of two small images, or of two samples in
+    an attention, rounding errors would grow to percents.
     """
     torch.manual_seed(0)
     model.train()

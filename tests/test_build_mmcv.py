@@ -1,4 +1,4 @@
-"""How the build of mmcv tells its progress, its failures and a wheel that does not fit."""
+"""The build of mmcv reports its progress, failures, and a wheel that does not fit."""
 from __future__ import annotations
 
 import importlib.metadata
@@ -14,7 +14,7 @@ INSTALL = Path(__file__).resolve().parents[1] / 'tools' / 'install'
 
 @pytest.fixture
 def build_mmcv(monkeypatch: pytest.MonkeyPatch):
-    # As when it is run: its folder comes first.
+    # Its folder comes first, as when it is run.
     monkeypatch.syspath_prepend(INSTALL)
     spec = importlib.util.spec_from_file_location('build_mmcv', INSTALL / 'build_mmcv.py')
     module = importlib.util.module_from_spec(spec)
@@ -26,12 +26,12 @@ def test_progress_counts_files_and_estimates(build_mmcv) -> None:
     progress = build_mmcv.Progress(jobs=2, core_seconds=800, now=100)
     assert progress.line(110) == 'mmcv: pip is getting ready, 10 s'
     progress.read('  running build_ext\n', now=120)
-    # Nothing is done yet: 800 s of one core are 400 s of two.
+    # At the start: 800 s of one core are 400 s of two.
     assert progress.line(130) == 'mmcv: 0 of ? files compiled, 30 s, about 6 min 30 s to go'
     progress.read('  [20/80] c++ -MMD -c nms.cpp\n', now=220)
-    # 20 files in 100 s, and by the guess 8 more in 40 s: 5 s for each of the other 60.
+    # 20 files in 100 s, and 8 more in 40 s by the guess: 5 s for each of the other 60.
     assert progress.line(220) == 'mmcv: 20 of 80 files compiled, 2 min 00 s, about 5 min 00 s to go'
-    # Thrice as slow from the start: (300 + 40) / 28 s for each.
+    # Three times slower from the start: (300 + 40) / 28 s for each.
     assert progress.line(420).endswith('about 12 min 09 s to go')
 
 
@@ -74,7 +74,7 @@ def test_output_goes_to_the_log(build_mmcv, tmp_path: Path) -> None:
 
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Makes CXX a compiler that says who it is and what it is called with."""
+    """Sets CXX to a compiler that prints its name and arguments."""
     def compiler(name: str) -> Path:
         script = tmp_path / 'compiler'
         script.write_text(f'#!/bin/sh\necho "{name}" "$@"\n')
@@ -119,7 +119,7 @@ def test_no_compiler_and_folders_without_scripts(build_mmcv, monkeypatch, tmp_pa
 
 
 class Pip:
-    """Stands in for pip and the operators: they work once mmcv has been compiled here."""
+    """Replaces pip and the operators, which work once mmcv has been compiled here."""
 
     def __init__(self, build_mmcv, monkeypatch: pytest.MonkeyPatch, prefix: Path,
                  versions: dict[str, str], works: bool, cached: bool) -> None:
@@ -157,7 +157,7 @@ def test_fresh_environment_compiles_once(build_mmcv, monkeypatch, tmp_path) -> N
 
 def test_cached_wheel_for_another_torch_is_compiled_again(build_mmcv, monkeypatch,
                                                           tmp_path) -> None:
-    # pip's cache takes no notice of torch.
+    # pip's cache ignores the version of torch.
     pip = Pip(build_mmcv, monkeypatch, tmp_path, {'torch': '2.13.0'}, works=False, cached=True)
     assert pip.main([]) == 0
     assert pip.calls == [False, True]
@@ -171,7 +171,7 @@ def test_installed_and_working_is_left_alone(build_mmcv, monkeypatch, tmp_path) 
 
 
 def test_new_torch_means_compiling_again(build_mmcv, monkeypatch, tmp_path) -> None:
-    # It may still load by luck, so its working is no proof.
+    # It may still load by luck, so a working import proves nothing.
     (tmp_path / 'mmcv-built-for.txt').write_text('2.12.0')
     versions = {'torch': '2.13.0', 'mmcv': '2.1.0'}
     pip = Pip(build_mmcv, monkeypatch, tmp_path, versions, works=True, cached=True)

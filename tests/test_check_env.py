@@ -1,4 +1,4 @@
-"""What the check of the environment says about each thing that is known to go wrong."""
+"""The check of the environment reports every known problem."""
 from __future__ import annotations
 
 import importlib.util
@@ -30,7 +30,7 @@ PINS = {'torch': '2.13.0', 'mmcv': '2.1.0', 'numpy': '2.4.6'}
 def load(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, INSTALL / f'{name}.py')
     module = importlib.util.module_from_spec(spec)
-    # Where dataclasses look for the module of a class.
+    # dataclasses look for the module of a class here.
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
@@ -46,7 +46,7 @@ FORK = {**{name: None for name in ('mmengine', 'mmcv', 'mmdet', 'mmsegmentation'
 
 
 class Run:
-    """Stands in for the fresh interpreter: code that contains a key fails with its value."""
+    """Replaces the fresh interpreter: code that contains a key fails with its value."""
 
     def __init__(self, **failures: str) -> None:
         self.failures = failures
@@ -77,7 +77,7 @@ def test_good_environment_has_no_findings() -> None:
 
 def test_the_fork_is_as_good() -> None:
     run = Run()
-    # It needs no pkg_resources, and declares what it imports.
+    # The fork needs no pkg_resources, and declares what it imports.
     without = {**FORK, 'setuptools': '84.2.1', 'ftfy': None, 'regex': None}
     assert check(without, pkg_resources=False, run=run) == []
     assert any('nms' in code for code in run.codes)
@@ -135,12 +135,12 @@ def test_unsupported_version() -> None:
 
 
 def test_torch_replaced() -> None:
-    # Seen: an unpinned torchvision replaced torch 2.13 by 2.15.
+    # An unpinned torchvision once replaced torch 2.13 by 2.15.
     finding = the_only(check({'torch': '2.15.0'}, pins=PINS))
     assert finding.error
     assert 'torch 2.15.0 is installed, requirements.txt pins 2.13.0' in finding.what
     assert 'torchvision' in finding.why
-    # Within the supported range, a user's own torch is nobody's business.
+    # Any torch within the supported range is fine.
     assert check({'torch': '2.15.0'}) == []
 
 
@@ -207,14 +207,14 @@ def test_missing_products_are_a_note() -> None:
     assert not finding.error
     assert 'there are none for AVX2' in finding.what
     assert 'C++ compiler' in finding.fix
-    # There are none where there is no kw_mm, or one that cannot be imported.
+    # Without kw_mm, or if it cannot be imported, there are none.
     run = Run(instruction_set='none')
     assert check({'kw_mm': None}, run=run) == []
     assert len(check(run=Run(kw_mm='ImportError: no'))) == 1
 
 
 def test_one_cause_is_told_once() -> None:
-    # mmdet cannot be imported either, but that is no news.
+    # mmdet cannot be imported either, but that follows from it.
     run = Run(nms='undefined symbol: _ZN2at', mmdet='undefined symbol: _ZN2at')
     assert 'operators' in the_only(check(run=run)).what
 

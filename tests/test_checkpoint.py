@@ -1,4 +1,4 @@
-"""Reading and writing checkpoint files: nothing runs, nothing is left half done."""
+"""Reading checkpoint files runs no code, and writing leaves no incomplete file."""
 import argparse
 import os
 import pickle
@@ -30,7 +30,7 @@ def test_options_are_read_where_they_are_allowed(legacy):
 
 
 class Crafted:
-    """Pickles as a call that would leave a file."""
+    """Pickles as a call that would create a file."""
 
     def __reduce__(self):
         return os.system, ('touch ran',)
@@ -54,7 +54,7 @@ def test_code_is_refused(folder, crafted):
 
 
 def test_a_namespace_is_but_attributes():
-    # What unpickling calls on one: made without arguments, then given its attributes.
+    # Unpickling creates one without arguments, then sets its attributes.
     assert '__setstate__' not in vars(argparse.Namespace)
     assert argparse.Namespace.__new__ is object.__new__
     assert '__setattr__' not in vars(argparse.Namespace)
@@ -84,7 +84,7 @@ def test_what_is_written_is_read_again(folder):
     write_checkpoint(WEIGHTS, 'new/deep/a.pth')
     assert torch.equal(read_checkpoint('new/deep/a.pth')['model']['w'], WEIGHTS['model']['w'])
     assert [file.name for file in (folder / 'new' / 'deep').iterdir()] == ['a.pth']
-    # As readable to others as any new file.
+    # Others can read it like any new file.
     (folder / 'plain').touch()
     assert stat.S_IMODE(os.stat('new/deep/a.pth').st_mode) == stat.S_IMODE(os.stat('plain').st_mode)
 

@@ -23,7 +23,7 @@ from kw_mm.checkpoint import check_checkpoint
 
 ROOT = Path(__file__).parents[1]
 
-# torch.load builds tensors and containers only since then.
+# Since then torch.load builds only tensors and containers.
 needs_allow_list = pytest.mark.skipif(torch.__version__ < (2, 6), reason='no allow list')
 
 
@@ -67,7 +67,7 @@ def test_malicious_checkpoint_runs_no_code(tmp_path):
         check_checkpoint(str(path))
     assert not marker.exists()
 
-    # The file is no dud: it does run where getattr itself is allowed, as torch's error advises.
+    # The attack works if getattr itself is allowed, as torch's error message suggests.
     advised = python('import sys, torch; torch.serialization.add_safe_globals([getattr]); '
                      'torch.load(sys.argv[1], weights_only=True)', path)
     assert marker.exists(), advised.stderr
@@ -84,7 +84,7 @@ def test_getattr_of_anything_else_is_refused(tmp_path, obj, name):
 
 
 def fork_loader(file, map_location=None, weights_only=None):
-    """What onedl-mmengine 0.10.12 loads checkpoints with."""
+    """The loader of onedl-mmengine 0.10.12."""
     try:
         with torch.serialization.safe_globals([getattr, HistoryBuffer]):
             return torch.load(file, map_location=map_location, weights_only=True)
@@ -93,7 +93,7 @@ def fork_loader(file, map_location=None, weights_only=None):
 
 
 class Call:
-    """What no list allows: a plain call of ``eval``."""
+    """A plain call of ``eval``, which no list allows."""
 
     def __init__(self, code):
         self.code = code
@@ -117,7 +117,7 @@ def test_the_loader_of_the_fork_runs_no_code(tmp_path, monkeypatch):
     with pytest.raises(pickle.UnpicklingError, match=r'GLOBAL (builtins\.)?eval'):
         checkpoint.load_from_local(str(path), 'cpu')
     assert not marker.exists()
-    # Who asks for it still loads a file that is trusted.
+    # A trusted file can still be loaded on request.
     torch.save(dict(a=1), path)
     assert checkpoint._safe_torch_load(str(path), weights_only=False) == dict(a=1)
 
@@ -132,7 +132,7 @@ class Net(BaseModel):
 
 
 def train(work_dir, monkeypatch, **kwargs):
-    monkeypatch.setattr(Runner, '_log_env', lambda *args: None)  # a second of other programs
+    monkeypatch.setattr(Runner, '_log_env', lambda *args: None)  # saves a second for other programs
     data = [dict(inputs=torch.rand(2)) for _ in range(4)]
     runner = Runner(
         dict(type=Net), str(work_dir),
@@ -147,7 +147,7 @@ def train(work_dir, monkeypatch, **kwargs):
 
 
 def plain(value):
-    """A checkpoint in terms that compare with ==."""
+    """A checkpoint as values that can be compared with ==."""
     if isinstance(value, dict):
         return {key: plain(child) for key, child in value.items()}
     if isinstance(value, (list, tuple)):
@@ -166,7 +166,7 @@ def test_checkpoint_of_mmengine_loads_whole(tmp_path, monkeypatch):
     assert safe['message_hub']['log_scalars']['train/loss'].mean() > 0
     assert type(safe['message_hub']['runtime_info']['best_score']) is np.float32
     check_checkpoint(str(path), resume=True)
-    # It is the allow list that does it.
+    # Without the allow list it fails.
     unaided = python('import sys, torch, mmengine; torch.load(sys.argv[1])', path)
     assert 'Unsupported global' in unaided.stderr
 
@@ -177,7 +177,7 @@ def test_checkpoint_of_mmengine_loads_whole(tmp_path, monkeypatch):
 def test_arrays_of_numpy_1_and_2(tmp_path, module, dtype):
     array = np.arange(3).astype(dtype)
     path = tmp_path / 'file.pth'
-    # The old format, whose pickle is in the open.
+    # The old format, whose pickle is not in an archive.
     torch.save([array, array[1]], path, _use_new_zipfile_serialization=False)
     written = np._core.multiarray.__name__ if hasattr(np, '_core') else np.core.multiarray.__name__
     path.write_bytes(path.read_bytes().replace(written.encode(), module.encode()))

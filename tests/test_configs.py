@@ -1,4 +1,4 @@
-"""What holds for every config."""
+"""Tests of every config."""
 import re
 
 import pytest
@@ -51,6 +51,7 @@ def test_mixed_precision_keeps_the_state_in_single():
 
 @pytest.mark.parametrize('name', [n for n in CONFIGS if n.startswith('demo/')])
 def test_a_demo_that_is_interrupted_loses_an_epoch_at_most(name):
-    # The segmentor's had no interval, which is none but the end: killed, it began anew.
+    # The segmentor's had no interval, so it was only saved at the end, and a killed run started
+    # again.
     hook = read_config(name).default_hooks.checkpoint
     assert hook.type == 'CheckpointHook' and hook.interval == 1 and hook.get('by_epoch', True)

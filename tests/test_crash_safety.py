@@ -1,4 +1,4 @@
-"""What mmengine writes in training, and what it goes on from: real runs, killed and not."""
+"""The files that mmengine writes in training, and resuming from them, in real runs."""
 import errno
 import os
 
@@ -23,14 +23,14 @@ def fast(monkeypatch):
 
 @pytest.fixture
 def said(monkeypatch):
-    """What is logged of the choice."""
+    """The log lines about the choice."""
     lines = []
     monkeypatch.setattr(crash_safety, 'print_log', lambda text, *args: lines.append(text))
     return lines
 
 
 def checkpoints(folder):
-    """The files of a folder but for configs, whose names have the time."""
+    """The files of a folder, except configs, whose names contain the time."""
     return sorted(path.name for path in folder.iterdir()
                   if path.is_file() and path.suffix != '.py')
 
@@ -54,7 +54,7 @@ def test_what_is_there_in_the_end_is_as_ever(tmp_path, kwargs, kept):
 
 
 class DiskFull:
-    """From one file on, nothing can be written."""
+    """After a number of files, nothing can be written."""
 
     def __init__(self, monkeypatch, name):
         self.name = name
@@ -86,7 +86,7 @@ def test_nothing_is_deleted_for_what_does_not_fit(tmp_path, monkeypatch, full, k
         with pytest.raises(NotWrittenError, match=f"{full}' cannot be written: No space left"):
             run(tmp_path / 'run', HOOK, **kwargs)
     assert checkpoints(tmp_path / 'run') == left
-    # With room again it goes on, and tidies up.
+    # With room again it continues and removes leftovers.
     resumed = run(tmp_path / 'run', HOOK, resume=True, **kwargs)
     assert resumed and all(loss == whole[at] for at, loss in resumed.items())
     assert checkpoints(tmp_path / 'run') == checkpoints(tmp_path / 'whole')
@@ -103,7 +103,7 @@ def test_an_old_checkpoint_that_was_to_go_goes_with_the_next_run(tmp_path, monke
 
 
 def test_a_checkpoint_that_takes_its_own_name_again_stays(tmp_path):
-    # As the best of an epoch does that is validated twice.
+    # Happens with the best of an epoch that is validated twice.
     backend = crash_safety._RemovesLater(LocalBackend())
     for name in 'ab':
         (tmp_path / name).write_text('old')
@@ -145,7 +145,7 @@ def test_nothing_to_resume_from_is_said(tmp_path, said):
 
 
 class OnRank:
-    """A runner as one of several processes has it."""
+    """A runner in one of several processes."""
 
     hooks = ()
     _resume, _load_from = True, None
@@ -155,7 +155,7 @@ class OnRank:
 
 
 def test_all_processes_go_on_from_the_same_file(tmp_path, said, monkeypatch):
-    # The folder of the second looks different, as on a network it may for a while.
+    # The second process sees another folder content, which can happen on a network disk.
     for name in ('first', 'second'):
         run(tmp_path / name, Kill(9))
     (tmp_path / 'second' / 'epoch_2.pth').unlink()
@@ -171,14 +171,14 @@ def test_all_processes_go_on_from_the_same_file(tmp_path, said, monkeypatch):
     monkeypatch.setattr(crash_safety, 'broadcast_object_list', receive)
     assert choose_checkpoint_(second)
     assert first._load_from == second._load_from == str(tmp_path / 'first' / 'epoch_2.pth')
-    # And an error of the first is an error of all.
+    # An error in the first process is raised in all.
     sent[:] = ['nothing can be resumed from']
     with pytest.raises(ValueError, match='nothing can be resumed from'):
         choose_checkpoint_(OnRank(tmp_path / 'second'))
 
 
 class Elsewhere(LocalBackend):
-    """Stores what it is given in a dict."""
+    """Stores files in a dict."""
 
     stored = {}
 

@@ -17,7 +17,7 @@ from kw_mm.config_types import all_dicts
 PAPER = [name for name in DET_CONFIGS if name.startswith('mask_rcnn') and '_ms-adamw-1x_' in name]
 
 
-# How many boxes a detector looks at: none of its layers becomes smaller with it.
+# The numbers of boxes that a detector uses. They do not change the size of layers.
 FEW = dict(nms_pre=200, max_per_img=100, num_queries=100, num_dn_queries=20)
 
 
@@ -37,16 +37,16 @@ def test_the_paper_s_table_is_whole():
 @pytest.mark.slow
 @pytest.mark.parametrize('name', [names[0] for names in by_model(DET_CONFIGS)])
 def test_a_training_step_and_a_prediction(name, monkeypatch):
-    # The one check that keeps mmengine's mixed precision off CPUs, where bfloat16 works too.
+    # The only check that forbids mmengine's mixed precision on CPUs, where bfloat16 works too.
     monkeypatch.setattr(amp_optimizer_wrapper, 'is_cuda_available', lambda: True)
     torch.manual_seed(0)
     cfg = read_config(name)
     num_classes = {d['num_classes'] for _, d in all_dicts(cfg.model) if 'num_classes' in d}.pop()
     with_mask = any(re.search('Mask|RTMDetIns', d.get('type', ''))
                     for _, d in all_dicts(cfg.model) if isinstance(d.get('type', ''), str))
-    if 'rtmdet' in name:  # whose pipeline gives squares of one size
+    if 'rtmdet' in name:  # its pipeline returns squares of one size
         sizes = [[3, 128, 128]] * 2
-    elif '_amp-' in name:  # CPUs without bfloat16 instructions take minutes for more
+    elif '_amp-' in name:  # larger ones take minutes on CPUs without bfloat16 instructions
         sizes = [[3, 64, 32], [3, 32, 64]]
     else:
         sizes = [[3, 128, 96], [3, 96, 128]]
@@ -54,7 +54,7 @@ def test_a_training_step_and_a_prediction(name, monkeypatch):
         model = revert_sync_batchnorm(MODELS.build(with_few_boxes(without_downloads(cfg.model))))
         model.init_weights()
         for module in model.modules():
-            # DINO freezes the norms of trained weights; those of no weights stop the branch.
+            # DINO freezes norms. With initial zeros they would stop the gradients of a branch.
             if isinstance(module, torch.nn.BatchNorm2d) and not module.weight.any():
                 torch.nn.init.ones_(module.weight)
         wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
@@ -155,10 +155,10 @@ def test_layerwise_rates_of_the_convnext_recipe():
         dict(backbone=backbone, head=torch.nn.Linear(2, 2))).named_parameters()}
 
     def power(name):
-        """How often 0.95 is in the rate."""
+        """The power of 0.95 in the learning rate."""
         return round(torch.log(torch.tensor(groups[name]['lr'] / 1e-4)).item() / -0.0512933)
 
-    # 6 layers and the heads; the input's are furthest.
+    # 6 layers and the heads; those at the input have the highest power.
     expected = {
         'backbone.warehouse_manager.weights.0': 0, 'backbone.warehouse_manager.weights.11': 0,
         'backbone.norm0.weight': 0, 'head.weight': 0,

@@ -1,4 +1,4 @@
-"""What README and docs say to type."""
+"""Commands and snippets of README and docs."""
 import importlib.util
 import re
 from pathlib import Path
@@ -36,7 +36,7 @@ def test_links_lead_somewhere(page):
 
 
 def commands(page):
-    """Each command of the page's shell blocks that calls a tool of ours, as its words."""
+    """The words of each command in the page's shell blocks that calls one of our tools."""
     for text in blocks(page, 'bash'):
         for line in text.replace('\\\n', ' ').splitlines():
             line = line.partition('  #')[0].strip()
@@ -83,7 +83,7 @@ def test_the_configs_in_the_docs_are_read(tmp_path):
 
 
 def test_a_base_of_this_package(tmp_path):
-    # mmengine knows OpenMMLab's packages alone: "does not support to load kw_mm config".
+    # mmengine only knows OpenMMLab's packages: "does not support to load kw_mm config".
     path = tmp_path / 'config.py'
     path.write_text("_base_ = 'kw_mm::mask_rcnn/mask-rcnn_kw1x-r50_fpn_ms-adamw-1x_coco.py'\n"
                     'model = dict(backbone=dict(base_channels=32))\n')
@@ -95,7 +95,7 @@ def test_a_base_of_this_package(tmp_path):
 
 
 def test_sizes_of_images_in_configs_of_pure_python():
-    # Their types are classes, and the Resize was not found.
+    # Their types are classes, which hid the Resize.
     from mmdet.datasets.transforms import Resize
 
     from kw_mm.engine.complexity import input_size
@@ -105,7 +105,7 @@ def test_sizes_of_images_in_configs_of_pure_python():
 
 
 def test_tools_are_importable_by_their_pages():
-    # A tool whose parser cannot be made would fail at its --help too.
+    # If a tool's parser cannot be built, its --help fails too.
     for tool in ('infer', 'test', 'train', 'demo', 'analysis_tools/check_data',
                  'model_converters/publish_model', 'model_converters/static2kw'):
         spec = importlib.util.spec_from_file_location('tool', ROOT / 'tools' / f'{tool}.py')

@@ -1,4 +1,4 @@
-"""The main job as a user does it, in small: train, die, resume, test; and the demo."""
+"""A user's whole job, in small: train, get killed, resume, test; and the demo."""
 import importlib.util
 import json
 import os
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / 'configs' / 'demo' / 'mask-rcnn_kw1x-r18_fpn_shapes.py'
 SEG_CONFIG = ROOT / 'configs' / 'demo' / 'fpn_kw1x-r18_shapes.py'
 
-# Seconds after which a process hangs. On a busy machine a run took more than 300.
+# Seconds after which a process counts as hanging. On a busy machine a run took more than 300.
 PATIENCE = 1800
 
 
@@ -51,7 +51,7 @@ def finish(process):
 
 
 def losses(work_dir):
-    """Logged losses of the second epoch, of the last process that wrote them."""
+    """Losses of the second epoch in the log of the last process that wrote them."""
     found = {}
     for log in sorted(work_dir.glob('*/vis_data/scalars.json')):
         for line in log.read_text().splitlines():
@@ -82,8 +82,8 @@ def test_a_killed_run_resumes_to_the_bit(data, tmp_path):
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert not (killed / 'epoch_2.pth').exists()
-    weights.unlink()  # a checkpoint has everything that it takes to go on
-    time.sleep(1)  # logs are told apart by the second
+    weights.unlink()  # a checkpoint has everything that is needed to resume
+    time.sleep(1)  # names of logs contain the second
     output = finish(start('train.py', config, '--work-dir', killed, '--resume', *options(data)))
     assert 'epoch_1.pth' in output
 

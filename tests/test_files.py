@@ -1,4 +1,4 @@
-"""Files that take the place of others: at any moment the old one or the new one is there."""
+"""Files that replace others: at any moment either the old or the new one is there."""
 import errno
 import os
 import stat
@@ -41,7 +41,7 @@ def test_a_file_is_made_and_replaced(folder):
     assert names(folder) == ['a.txt']
 
 
-# Each moment at which a writer can be killed, by the stages that killing.py knows.
+# Every moment at which a writer can be killed, by the stages of killing.py.
 MOMENTS = [Moment(*moment) for moment in (
     ('opening', 'a.txt', 1), ('opened', 'a.txt', 1), ('writing', 'a.txt', 1),
     ('half written', 'a.txt', 1), ('writing', 'a.txt', 2), ('half written', 'a.txt', 2),
@@ -63,7 +63,7 @@ def test_killed_at_any_moment(folder, moment, before):
     assert _run(write_twice, folder, moment=moment) == -9
     after = Path('a.txt').read_text() if Path('a.txt').exists() else None
     assert after == ('new content' if moment.stage == 'named' else before)
-    # Whoever writes next cleans up, whatever it writes.
+    # The next writer removes leftovers, whatever it writes.
     replace_text('b.txt', 'other')
     assert names(folder) == (['a.txt'] if after else []) + ['b.txt']
 
@@ -71,7 +71,7 @@ def test_killed_at_any_moment(folder, moment, before):
 def test_moments_are_all_there_are(folder):
     assert _run(write_twice, folder, record=folder.parent / 'moments.json') == 0
     passed = [Moment(*moment) for moment in read_json(folder.parent / 'moments.json')]
-    # The last is that of the folder.
+    # The last sync is that of the folder.
     assert [*MOMENTS, Moment('syncing', 'a.txt', 2),
             Moment('synced', 'a.txt', 2)] == passed
 
@@ -109,7 +109,7 @@ def test_an_error_of_the_writer_leaves_everything_as_it_was(folder):
 
 @pytest.fixture
 def full_disk():
-    """Files cannot grow beyond a size; what the system says is another word than for a disk."""
+    """Limits the size of files. The system's message differs from that for a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
     yield

@@ -58,17 +58,17 @@ def shared():
 
 @pytest.mark.parametrize('kind', LAYERS)
 @pytest.mark.parametrize('value', [0, 3])
-# Below 1 a start holds at temperature 0 alone.
+# With a budget below 1 the start only holds at temperature 0.
 @pytest.mark.parametrize('ratio, tau', [(0.5, 0), (1, 0), (1, 1), (4, 0), (4, 1)])
 def test_constant_init(kind, value, ratio, tau):
-    # It did nothing, without a word, and a branch that was to start at zero did not.
+    # It silently did nothing, and a branch that should start at zero did not.
     make, shape, _ = LAYERS[kind]
     layer = make(kw_cfg=dict(cell_num_ratio=ratio)).double()
     set_temperature(layer, tau)
     constant_init(layer, value, bias=2)
     x = torch.randn(shape).double()
     wanted = torch.full_like(kernels(layer, x), value)
-    # The start is exact at temperature 0, and at 1 to what SELECT says.
+    # The start is exact at temperature 0, and at 1 up to an error that depends on SELECT.
     torch.testing.assert_close(kernels(layer, x), wanted, rtol=1e-3 if tau else 1e-9, atol=1e-9)
     assert (layer.bias == 2).all()
     if value == 0:
@@ -151,15 +151,15 @@ def test_init_cfg(cfg):
     x = torch.randn(2, 4, 3, 3)
     assert not net.branch(x).any()
     assert not net.fc(x[..., 0, 0]).any()
-    # An override reaches every module below a name, and so the attention's: all zero, they were
-    # to stay so for ever.
+    # An override reaches all modules below a name, and so those of the attention. Set to zero, they
+    # would have stayed zero forever.
     for attention in (net.branch.conv.attention, net.fc.conv.attention):
         assert attention.fc1.weight.any() and attention.norm1.weight.all()
     check_it_moves(net.branch, x, [net.branch.conv.cells, net.branch.conv.attention.fc2.weight])
 
 
 def test_initialisers_by_class_pass_over_the_inside_of_a_layer():
-    # Models initialise every nn.Linear that they find, and the attention's are some.
+    # Models initialise every nn.Linear that they find, including those of attentions.
     layer = KWConv2d.from_conv(nn.Conv2d(4, 4, 3))
     net = nn.Sequential(layer, nn.Linear(4, 4))
     before = {key: value.clone() for key, value in layer.state_dict().items()}

@@ -1,7 +1,7 @@
-"""Every kind of network x everything that people do with networks: it works, or says why not.
+"""Every kind of network with everything that people do with networks: it works, or says why not.
 
-``matrix.py`` has the networks. A check takes a network and what it should compute, from the same
-network in double precision; what cannot be is in ``REFUSED``, with what is said.
+``matrix.py`` has the networks. A check takes a network and compares it with itself in double
+precision. ``REFUSED`` lists what is impossible, with the error message.
 """
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ OPTIMISED = 'bases', 'cells'
 
 
 class Checked:
-    """A network of its own for one check, in evaluation, and what it should compute."""
+    """A network for one check, in evaluation, and its expected outputs."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -49,19 +49,19 @@ class Checked:
 
     def exact(self, x: Tensor, change: Callable[[nn.Module], object] = lambda net: None
               ) -> tuple[Tensor, ...]:
-        """The outputs in double precision, of a network that may be changed before."""
+        """The outputs in double precision, of a network that may have been changed."""
         net = copy.deepcopy(build(self.name)).double()
         change(net)
         return outputs(net, x.double())
 
     def check(self, function: Callable, x: Tensor | None = None, bound: float = SINGLE,
               with_grad: bool = False) -> None:
-        """A function computes what the network should."""
+        """Checks that a function computes what the network should."""
         x = self.x if x is None else x
         assert error(outputs(function, x, with_grad), self.exact(x)) < bound
 
     def check_gradients(self, found: Mapping[str, Tensor], bound: float = 1e-3) -> None:
-        """These are the gradients of the loss of ``self.x``."""
+        """Checks the gradients of the loss for ``self.x``."""
         exact = gradients(copy.deepcopy(build(self.name)).double(), self.x.double())
         assert distance({name: found[name] for name in exact}, exact) < bound
 
@@ -88,7 +88,7 @@ def gradients(net: nn.Module, x: Tensor, function: Callable | None = None) -> di
 
 
 def distance(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
-    """The largest error of a gradient, against all gradients together."""
+    """The largest error of a gradient, relative to all gradients together."""
     whole = math.hypot(*(gradient.norm() for gradient in exact.values()))
     return max((found[name] - exact[name]).norm().item() for name in exact) / whole
 
@@ -113,7 +113,7 @@ def in_evaluation(s):
 
 def in_training(s):
     s.net.train()
-    x = images(6, 32, 48)  # norms of few samples are all but discontinuous
+    x = images(6, 32, 48)  # norms of few samples are almost discontinuous
     found, exact = gradients(s.net, x), gradients(copy.deepcopy(s.net).double(), x.double())
     assert distance(found, exact) < 1e-3
     optimizer = torch.optim.SGD(s.net.parameters(), 1e-3)
@@ -146,8 +146,8 @@ def spawned(s, processes):
 
 def compiled(s):
     torch.compiler.reset()
-    # As far as the default backend goes before it writes code. In 'aot_eager' torch is mistaken
-    # about the strides that the gradient of a layer norm has.
+    # The steps of the default backend before it generates code. With 'aot_eager', torch is wrong
+    # about the strides of a layer norm's gradient.
     function = torch.compile(s.net, backend='aot_eager_decomp_partition', fullgraph=True)
     s.check(function)
     if s.name == 'resnet18':  # it takes three times as long
@@ -288,7 +288,7 @@ def sharded(s, processes, tmp_path, policies=('none', 'told'), originals=(True,)
 
 
 def sharded_by_size(s, processes, tmp_path):
-    # Without parameters of its own a network has only those that are sharded, all learning or none.
+    # Sharded parameters alone must be all trainable or all frozen.
     all_alike = len({p.requires_grad for p in s.net.parameters()}) == 1
     sharded(s, processes, tmp_path, ('torch',), (not all_alike,))
 
@@ -297,7 +297,7 @@ def saved_as_safetensors(s, tmp_path):
     path = str(tmp_path / 'net.safetensors')
     save_model(s.net, path)
     with safe_open(path, 'pt') as file:
-        assert set(file.keys()) == set(s.net.state_dict())  # nothing is shared, or there twice
+        assert set(file.keys()) == set(s.net.state_dict())  # nothing is shared or copied
     twin = copy.deepcopy(s.net)
     for tensor in twin.state_dict().values():
         tensor.zero_()
@@ -306,7 +306,7 @@ def saved_as_safetensors(s, tmp_path):
 
 
 def replicated(s):
-    """As ``torch.nn.parallel.replicate`` does for each of several GPUs."""
+    """Copies a module like ``torch.nn.parallel.replicate`` for several GPUs."""
     replicas = {m: m._replicate_for_data_parallel() for m in s.net.modules()}
     for module, replica in replicas.items():
         for name, child in module._modules.items():
@@ -320,7 +320,7 @@ def replicated(s):
 
 
 def counted(s):
-    """mmengine traces, with gradients on, and counts by names of operators."""
+    """mmengine traces with gradients on, and counts by names of operators."""
     analyzer = FlopAnalyzer(s.net, (s.x,)).unsupported_ops_warnings(False)
     products = sum(number for name, number in analyzer.by_operator().items()
                    if not name.endswith('norm') and 'pool' not in name)
@@ -349,7 +349,7 @@ REFUSED = {
 
 @pytest.fixture(scope='module')
 def processes():
-    """Two other processes, which start from nothing."""
+    """Two new processes."""
     with ProcessPoolExecutor(2, get_context('spawn')) as pool:
         yield pool
 

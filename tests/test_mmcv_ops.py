@@ -1,7 +1,7 @@
-"""mmcv's operators give the same whatever strides their inputs have.
+"""mmcv's operators return the same for inputs of any strides.
 
 RoIAlign read channels-last feature maps, which a backbone may return, as if they were contiguous:
-relative errors of features around 1, without a word. So do most of mmcv's compiled functions.
+silent relative errors of features around 1. So do most of mmcv's compiled functions.
 """
 import sys
 
@@ -26,7 +26,7 @@ def boxes(num):
 
 
 def rois(*more):
-    """Of two images, with what an operator wants to know besides of each."""
+    """Regions of two images, with further values that an operator needs for each."""
     return torch.cat((torch.tensor([[0.], [1.], [1.]]), boxes(3), *more), 1)
 
 
@@ -40,7 +40,7 @@ def quadrilaterals(num):
     return torch.stack((x1, y1, x2, y1 + 0.5, x2, y2, x1 + 0.25, y2), 1)
 
 
-# Every operator that runs on CPUs: how it is called, and how its tensors are made.
+# Every operator that runs on CPUs: how to call it, and how to make its tensors.
 OPERATORS = {
     'active_rotated_filter': (ops.active_rotated_filter, lambda: (
         maps(2, 3, 4, 3, 3), torch.randint(1, 10, (4, 3, 3, 2), dtype=torch.int32))),
@@ -100,7 +100,7 @@ OPERATORS = {
 
 
 def reversed_order(tensor):
-    """The first dimension fastest."""
+    """The first dimension has stride 1."""
     dims = tuple(range(tensor.dim()))[::-1]
     return tensor.permute(dims).contiguous().permute(dims)
 
@@ -117,7 +117,7 @@ def sliced(tensor):
 
 
 def expanded(tensor):
-    """The first entry over and over, which takes no memory."""
+    """Repeats the first entry, which takes no memory."""
     return tensor[:1].expand_as(tensor)
 
 
@@ -132,7 +132,7 @@ def tensors(result):
 
 
 def run(function, inputs, layout):
-    """Results, and gradients of their sum weighed, for inputs and weights in a layout."""
+    """Results, and gradients of a weighted sum, for inputs and weights in a layout."""
     inputs = [layout(tensor.detach()).requires_grad_(tensor.requires_grad) for tensor in inputs]
     results = tensors(function(*inputs))
     leaves = [tensor for tensor in inputs if tensor.requires_grad]
@@ -157,8 +157,8 @@ def test_any_strides_give_the_same(name, layout):
 
 
 def test_all_operators_are_reached():
-    # Also those that need a GPU. A function that another name hides, as that of mmcv.ops.roi_align
-    # hides its module, was passed over.
+    # Includes operators that need a GPU. Modules that a function of the same name hides, such as
+    # mmcv.ops.roi_align, were once skipped.
     assert [name for name, value in vars(_ext).items()
             if callable(value) and not hasattr(value, 'takes_any_strides')] == []
     functions = {value for name, module in list(sys.modules.items()) for value in
@@ -173,14 +173,14 @@ def test_all_operators_are_reached():
 
 
 def test_what_a_compiled_function_writes_arrives():
-    # Some write to their arguments, and nothing tells which.
+    # Some write to their arguments, and nothing says which.
     def compiled(x, out, scale):
         assert x.is_contiguous() and out.is_contiguous()
         out.copy_(x * scale)
         return out.sum()
 
     wrapped = compat._compiled_with_contiguous(compiled)
-    x = torch.tensor([1., float('nan')]).expand(3, 2)  # not written to: an error if it were
+    x = torch.tensor([1., float('nan')]).expand(3, 2)  # writing to it would be an error
     out = torch.zeros(2, 3).T
     wrapped(x, out, scale=2)
     torch.testing.assert_close(out, x * 2, equal_nan=True)

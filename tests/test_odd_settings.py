@@ -1,4 +1,4 @@
-"""Settings of odd types and values: taken, or refused by a sentence that names the setting."""
+"""Settings of odd types and values are accepted, or refused by an error that names them."""
 import inspect
 import math
 
@@ -36,7 +36,7 @@ def kw_network():
     return nn.Sequential(KWConv2d(16, 16, 3), nn.ReLU())
 
 
-# What each takes at least, and its arguments that hold something else than settings.
+# The required arguments of each target, and arguments that are not settings.
 TARGETS = {
     WarehouseConfig: (dict(), ()),
     ConvSpec: (dict(name='a', in_channels=16, out_channels=16, kernel_size=(3, 3)), ('warehouse',)),
@@ -76,7 +76,7 @@ def call(target, name, value):
     kwargs, _ = TARGETS[target]
     kwargs = {key: arg() if callable(arg) else arg for key, arg in kwargs.items()}
     kwargs[name] = value
-    # What is built is not looked at. Conversions read the weights they start from.
+    # Results are not checked. Conversions read the weights they start from.
     with torch.device('cpu' if callable(TARGETS[target][0].get('module')) else 'meta'):
         target(**kwargs)
 
@@ -93,7 +93,7 @@ def test_odd_values_are_taken_or_named(target):
         try:
             call(target, name, value)
         except (TypeError, ValueError) as error:
-            # Fewer stages than the default has outputs.
+            # Fewer stages than default outputs.
             named = 'out_indices' if name == 'num_stages' else name
             assert named in str(error) or name in str(error), (
                 f'{name}={value!r}: {type(error).__name__}: {error}')

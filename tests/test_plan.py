@@ -61,7 +61,7 @@ def test_non_local_basis():
     assert layer.num_basis == 16
     assert layer.num_attention_parameters == (
         64 * 16 + 2 * 16 + 16 * 9 * (9 + 16 + 1) + 27 * 16 + 9 * 37)
-    # Nothing is non-local to a layer that owns the whole warehouse.
+    # A layer that owns the whole warehouse has no cells of others.
     assert plan_warehouses(specs[:1], dict(nonlocal_basis_ratio=0.5)).layers['a'].num_basis == 0
 
 

@@ -1,4 +1,4 @@
-"""Compiling with headers that GCC has read before, and as usual when that does not work."""
+"""Compiling with precompiled headers, and as usual if that does not work."""
 from __future__ import annotations
 
 import shutil
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(not is_gcc(), reason='the tool is for GCC')
 
 @pytest.fixture
 def csrc(tmp_path: Path) -> Path:
-    """A folder with headers and a file such as mmcv's."""
+    """A folder with headers and a file like mmcv's."""
     folder = tmp_path / 'csrc'
     folder.mkdir()
     for name, text in {**COMMON, 'nms.cpp': SOURCE}.items():
@@ -48,7 +48,7 @@ def kept(tmp_path: Path) -> Path:
 
 
 def compiler(csrc: Path, out: Path, source: str = 'nms.cpp') -> list[str]:
-    """The command that torch calls; -H makes it tell which headers it reads."""
+    """The command that torch calls; with -H it prints the headers it reads."""
     return ['c++', '-MMD', '-MF', f'{out}.d', '-g', '-O3', '-fPIC', f'-I{csrc}', '-c',
             str(csrc / source), '-o', str(out), '-std=c++17', '-DOFFSET=3', '-H']
 
@@ -85,7 +85,7 @@ def test_files_compiled_at_the_same_time_share_the_headers(csrc, kept, tmp_path)
 
 
 def test_other_flags_are_compiled_without(csrc, kept, tmp_path) -> None:
-    # GCC would take the wrong code if it did not look.
+    # If GCC did not check, it would use the wrong code.
     assert run(kept, compiler(csrc, tmp_path / 'a.o')).returncode == 0
     done = run(kept, [*compiler(csrc, tmp_path / 'b.o'), '-DNAME=2', '-fno-PIC', '-O0'])
     assert done.returncode == 0, done.stderr

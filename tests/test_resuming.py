@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, whatever a kill has left."""
+"""Which checkpoint a run resumes from, whatever a kill has left."""
 import os
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ from kw_mm.resuming import find_whole_checkpoint
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """An empty work directory, as runs name it: from where they were started."""
+    """An empty work directory, with a path relative to the current one."""
     monkeypatch.chdir(tmp_path)
     path = Path('work_dirs', 'run')
     path.mkdir(parents=True)
@@ -20,7 +20,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def save(path, number, hour=None):
-    """A checkpoint as of so many iterations, written in an hour of the day."""
+    """A checkpoint after so many iterations, written at a given hour."""
     stamp = f'20260101_{number if hour is None else hour:02}0000'
     torch.save(dict(state_dict=dict(w=torch.rand(1000) + 1), optimizer={}, message_hub={},
                     meta=dict(epoch=number, iter=10 * number, time=stamp)), path)
@@ -29,7 +29,7 @@ def save(path, number, hour=None):
 
 @pytest.fixture
 def three(folder):
-    """Three checkpoints and the marker, as a run leaves them."""
+    """Three checkpoints and the marker of a run."""
     paths = [save(folder / f'epoch_{number}.pth', number) for number in (1, 2, 3)]
     (folder / 'last_checkpoint').write_text(paths[-1])
     return paths
@@ -123,7 +123,7 @@ def test_a_checkpoint_of_another_format(folder, three, make, reason):
     make(Path(three[2]))
     result = find_whole_checkpoint(str(folder))
     assert result.path == three[1] and re.search(reason, result.describe())
-    # With nothing else there, to start anew would in time write over it.
+    # If there is nothing else, a new start would eventually overwrite it.
     for path in three[:2]:
         os.remove(path)
     with pytest.raises(ValueError, match=f"nothing in 'work_dirs/run' can be resumed.*{reason}"):
@@ -135,7 +135,7 @@ def test_nothing_there(folder):
     assert find_whole_checkpoint(str(folder)).describe() == (
         'Nothing to resume from in work_dirs/run: training starts from the beginning')
     assert found('no/such/folder') is None
-    # Torn ones alone are nothing: they hold nothing that could be lost.
+    # If all are torn, nothing can be lost by a new start.
     Path(folder, 'epoch_1.pth').write_bytes(b'PK\x03\x04')
     text = find_whole_checkpoint(str(folder)).describe()
     assert text.startswith('Nothing to resume from in work_dirs/run; checkpoint ')
@@ -150,7 +150,7 @@ def test_a_checkpoint_whose_marker_was_never_written(folder, three):
 def test_an_earlier_longer_run_left_its_own(folder, three):
     save(folder / 'epoch_12.pth', 12, hour=0)
     assert found(folder) == three[2]
-    # Without a marker it is told by the time inside, for copies have other times.
+    # Without a marker the time inside counts, because copies have other file times.
     for path in folder.glob('*.pth'):
         os.utime(path, (1, 1))
     os.remove(folder / 'last_checkpoint')
@@ -179,7 +179,7 @@ def test_other_folders_and_names(folder, tmp_path):
     paths = [save(other / f'net-{number}.pth', number) for number in (1, 2)]
     assert found(folder) is None
     assert found(folder, (str(other), 'net-{}.pth')) == paths[1]
-    # The marker tells the folder, and names any file.
+    # The marker may name any file in any folder.
     (folder / 'last_checkpoint').write_text(paths[0])
     assert found(folder) == paths[0]
     assert found(folder, (str(other), 'net-{}.pth')) == paths[1]
@@ -204,7 +204,7 @@ def test_remote_checkpoints_are_taken_at_their_word(folder, three):
 @pytest.mark.skipif(not hasattr(torch.serialization, 'set_crc32_options'),
                     reason='this torch always writes them')
 def test_checksums_that_were_not_written(folder):
-    # torch can be told to leave them out, and zipfile would call every record damaged.
+    # torch can omit checksums, and then zipfile would call every record damaged.
     torch.serialization.set_crc32_options(False)
     try:
         path = save(folder / 'epoch_1.pth', 1)

@@ -1,4 +1,4 @@
-"""Every segmentor is built, takes a training step and predicts, nothing reduced but images."""
+"""Every segmentor is built, takes a training step and predicts; only images are smaller."""
 import copy
 
 import pytest
@@ -16,7 +16,7 @@ from kw_mm.config_types import all_dicts
 from kw_mm.datasets import draw_scene
 from kw_mm.datasets.annotations import semantic_map
 
-# Those of the user's own data set have no twin, and no schedule and size to be compared by.
+# Configs for the user's own data have no twin, and their schedule and size are not compared.
 PUBLIC = [name for name in SEG_CONFIGS if not name.startswith('custom/')]
 KW = [name for name in PUBLIC if '_kw' in name]
 BACKBONES = {'r18': KWResNet, 'r50': KWResNet, 'mobilenet-v2': KWMobileNetV2,
@@ -24,18 +24,18 @@ BACKBONES = {'r18': KWResNet, 'r50': KWResNet, 'mobilenet-v2': KWMobileNetV2,
 
 
 def model_key(name):
-    """What configs of one model have in common: all but the data set and the schedule."""
+    """A key for configs that differ only in data set and schedule."""
     method, backbone, *_ = name.split('/')[1].split('_')
     return method, backbone
 
 
-# One config of each model, of the data set with the most classes.
+# One config of each model, for the data set with the most classes.
 MODEL_CONFIGS = {model_key(name): name for name in SEG_CONFIGS
                  if 'kw' in name or 'convnext' in name or 'shapes' in name}
 
 
 def without_data_set(model):
-    """A model's config without what follows from the data set."""
+    """A model's config without values that depend on the data set."""
     model = copy.deepcopy(model)
     for _, node in all_dicts(model):
         node.pop('num_classes', None)
@@ -66,7 +66,7 @@ def test_a_training_step_and_a_prediction(name):
         cfg.model.data_preprocessor.size = (64, 64)
     if cfg.model.test_cfg.mode == 'slide':
         cfg.model.test_cfg.update(crop_size=(64, 48), stride=(32, 32))
-    if cfg.optim_wrapper.type == 'AmpOptimWrapper':  # minutes on CPUs, where it does not start
+    if cfg.optim_wrapper.type == 'AmpOptimWrapper':  # refuses CPUs, where it would take minutes
         cfg.optim_wrapper.type = 'OptimWrapper'
         del cfg.optim_wrapper.loss_scale
     with DefaultScope.overwrite_default_scope('mmseg'):
@@ -146,7 +146,8 @@ def test_stagewise_rates_of_the_convnext_recipe():
     groups = {names[id(p)]: group for group in wrapper.optimizer.param_groups
               for p in group['params']}
     assert set(groups) == set(names.values())
-    # How often 0.9 is in the rate; the shared cells are of no stage and learn as the heads do.
+    # The power of 0.9 in the learning rate. Shared cells belong to no stage and have the heads'
+    # rate.
     expected = {
         'head.weight': 0, 'backbone.norm3.bias': 0, 'backbone.warehouse_manager.weights.0': 0,
         'backbone.stages.3.0.gamma': 3, 'backbone.stages.2.1.dwconv.attention.fc1.weight': 4,

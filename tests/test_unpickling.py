@@ -1,4 +1,4 @@
-"""Reading checkpoints safely on versions of torch that cannot be told what a file may hold."""
+"""Reading checkpoints safely on versions of torch without a list of allowed names."""
 import io
 import os
 import pickle
@@ -19,7 +19,7 @@ from kw_mm.checkpoint import TornCheckpointError, check_checkpoint, read_checkpo
 
 @pytest.fixture(autouse=True)
 def before_26(tmp_path, monkeypatch):
-    """As if torch were old, in an empty folder."""
+    """Pretends that torch is old, in an empty folder."""
     monkeypatch.setattr('kw_mm.checkpoint._TORCH_TAKES_NAMES', False)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -1,4 +1,4 @@
-"""The supported ranges and what is said about versions outside them."""
+"""The supported ranges, and errors for versions outside them."""
 from __future__ import annotations
 
 import re
@@ -45,7 +45,7 @@ def install(monkeypatch: pytest.MonkeyPatch, **found: str) -> None:
     ('onedl-mmcv', '2.4.0', False),
     ('onedl-mmdetection', '3.5.1', True),
     ('onedl-mmsegmentation', '1.4.2', True),
-    # Somebody's own build.
+    # A private build.
     ('mmcv', 'unknown', True),
 ])
 def test_ranges(package: str, found: str, supported: bool) -> None:
@@ -87,7 +87,7 @@ def test_versions_of_the_fork_are_checked_too(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize('found, name', [
     (dict(mmcv='2.1.0'), 'mmcv'), (FORK, 'onedl-mmcv'), ({}, 'mmcv'),
-    # What is missing comes from where the others are from.
+    # Missing packages come from where the others are from.
     ({'onedl-mmengine': '0.10.12'}, 'onedl-mmcv'), ({'mmengine': '0.10.7'}, 'mmcv')])
 def test_who_provides_a_package(found: dict[str, str], name: str) -> None:
     assert versions.distribution('mmcv', found) == name

@@ -1,4 +1,4 @@
-"""Convolutions that compute what timm's of the same names do, under timm's own paths.
+"""Convolutions that compute the same as timm's, with timm's names and paths.
 
 The suite runs without timm.
 """
@@ -73,7 +73,7 @@ for layer, path in PATHS.items():
 
 @contextmanager
 def importable() -> Iterator[None]:
-    """Lets pickle find them; not for longer, for whoever imports timm would take it for the whole.
+    """Lets pickle find them within a context. Other code would take this for the whole timm.
     """
     with pytest.MonkeyPatch.context() as patch:
         for layer, path in PATHS.items():

@@ -1,4 +1,4 @@
-"""A training of milliseconds whose every part draws random numbers; what it does, it notes."""
+"""A training of milliseconds in which every part draws random numbers and records what it does."""
 import contextlib
 import itertools
 import random
@@ -21,7 +21,7 @@ HOOK = dict(type='RandomStateHook')
 
 
 def make_fast(monkeypatch):
-    """Spares each Runner questions to compilers and git, and a pause."""
+    """Saves each Runner calls of compilers and git, and a pause."""
     monkeypatch.setattr(Runner, '_log_env', lambda *args: None)
     for module in ('runner.runner', 'hooks.runtime_info_hook'):
         monkeypatch.setattr(f'mmengine.{module}.get_git_hash', lambda: '')
@@ -40,7 +40,7 @@ class Noisy:
 
 
 class Net(BaseModel):
-    """Notes its losses; draws random numbers in evaluation too, as some heads do."""
+    """Records its losses, and draws random numbers in evaluation too, like some heads."""
 
     def __init__(self):
         super().__init__()
@@ -59,7 +59,7 @@ class Net(BaseModel):
 
 
 class Score(BaseMetric):
-    """Better with each epoch, so that ``save_best`` writes during validation."""
+    """A score that improves with each epoch, so that ``save_best`` writes during validation."""
 
     def process(self, data_batch, data_samples):
         self.results.append(1)

@@ -1,4 +1,4 @@
-"""What the tests of the Triton kernels share."""
+"""Helpers for tests of the Triton kernels."""
 from __future__ import annotations
 
 import collections
@@ -20,13 +20,13 @@ DEVICE = 'cpu' if triton_support._is_interpreted() else 'cuda'
 
 KERNELS = {'_assemble_kernel', '_grad_alpha_kernel', '_grad_cells_kernel'}
 
-GUARD = 64  # elements around every buffer; keeps it aligned
+GUARD = 64  # elements around every buffer, enough to keep it aligned
 
 
 def mend_bfloat16() -> None:
-    """Makes the interpreter round to bfloat16 and multiply it, as GPUs do.
+    """Makes the interpreter round to bfloat16 and multiply it like GPUs.
 
-    It keeps bfloat16 as 16 bits. Triton 3.7 cuts float32 off there, converts float64 as if the
+    It stores bfloat16 as 16 bits. Triton 3.7 truncates float32 to these, converts float64 as if the
     bits were an integer, and multiplies the bits in tl.dot.
     """
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
@@ -52,10 +52,10 @@ def mend_bfloat16() -> None:
 mend_bfloat16()
 
 if DEVICE == 'cpu':
-    # The dispatcher finds on the CPU what it otherwise finds on a GPU.
+    # Registers the GPU's implementations for the CPU.
     _library = torch.library.Library('kw_mm', 'IMPL')
     with warnings.catch_warnings():
-        # torch says that it overrides, even where that was asked for.
+        # torch warns about overriding, even on request.
         warnings.simplefilter('ignore')
         for _name in ('assemble', 'assemble_grad_alpha', 'assemble_grad_cells', 'mix_bases'):
             _library.impl(_name, getattr(cuda, _name), 'CPU', allow_override=True)
@@ -89,7 +89,7 @@ def leaf(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def gradients(out: Tensor, weights: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
-    # A loop over no samples has no graph; the added zero lends it one.
+    # A loop over no samples has no graph. Adding zero gives it one.
     total = (out * weights.to(out.dtype)).sum() + sum(t.sum() * 0 for t in leaves)
     return list(torch.autograd.grad(total, leaves))
 
@@ -107,7 +107,7 @@ def check(function: Callable, twin: Callable, leaves: Sequence[Tensor]) -> Tenso
 
 
 def check_precision(function: Callable, leaves: Sequence[Tensor]) -> None:
-    """In the leaves' dtype, or autocast's, against float64: at most twice the error of torch."""
+    """In the leaves' dtype, or autocast's, errors against float64 are at most twice torch's."""
     exact_leaves = [t.detach().double().requires_grad_() for t in leaves]
     weights, results = None, []
     for use_triton, inputs in ((True, leaves), (False, leaves), (False, exact_leaves)):
@@ -122,7 +122,7 @@ def check_precision(function: Callable, leaves: Sequence[Tensor]) -> None:
 
 def check_functions(alpha: Tensor, cells: Tensor, grid: Sequence[int],
                     kernel_size: Sequence[int]) -> None:
-    """The same of the functions themselves, which the dispatcher may not be asked for."""
+    """The same for the functions themselves, not called through the dispatcher."""
     alpha, cells = alpha.detach(), cells.detach()
     exact = alpha.double(), cells.double()
     results = []
@@ -148,7 +148,7 @@ def compare_errors(ours: Sequence[Tensor], torchs: Sequence[Tensor],
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch):
-    """Every ``torch.empty`` is NaN, with NaN around it that must still be there in the end."""
+    """Fills every ``torch.empty`` with NaN, and surrounds it by NaN that must stay."""
     buffers = []
     empty = torch.empty
 

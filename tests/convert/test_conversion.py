@@ -1,4 +1,4 @@
-"""convert_to_kw_: what it converts, what it leaves static and says so, and its odd outcomes."""
+"""convert_to_kw_: what it converts, what it reports as static, and its errors."""
 import copy
 import io
 import logging
@@ -17,7 +17,7 @@ from kw_mm.convert.forms import FORMS
 from kw_mm.layers import Attention, WarehouseManager
 
 MODULES = {
-    # Thin or shallow, but with every kind of layer of the full ones.
+    # Thin or shallow, but with every kind of layer of the full networks.
     'regnet': (dict(type='RegNet', arch=dict(
         w0=24, wa=36, wm=2.5, group_w=8, depth=8, bot_mul=1.0)), False),
     'res2net': (dict(type='Res2Net', depth=50, scales=4, base_width=26, num_stages=2,
@@ -93,7 +93,7 @@ def test_a_converted_module_computes_the_same_and_learns(name):
         sum(out.square().mean() for out in module(x)).backward()
         optimizer.step()
     stuck = {n for n, p in module.named_parameters() if torch.equal(p, start[n])}
-    # What is behind the outputs does not run, in the static module neither.
+    # Layers behind the outputs do not run, in the static module either.
     idle = {n for n, p in module.named_parameters() if p.grad is None}
     assert stuck == idle and not any('attention' in n for n in stuck - {
         n for n in stuck if n.startswith(('layer5', 'layer6', 'layer7'))})
@@ -345,7 +345,7 @@ def test_linear_layers_of_attentions():
         'self_attn.qkv': inside, 'self_attn.proj': inside, 'block.proj': inside,
         'mha.out_proj': 'NonDynamicallyQuantizableLinear is a type of its own, which may compute '
                         'something else'}
-    # What is asked for by name is converted, but for what forward is passed over.
+    # Layers that a group names are converted, except those whose forward is not called.
     warehouses, _ = grouping(module, linear=True, groups=['self_attn.*', 'block.proj'])
     assert warehouses == {'group 0': ['self_attn.qkv', 'self_attn.proj'],
                           'group 1': ['block.proj']}
@@ -363,7 +363,7 @@ def test_kw_layers_are_passed_over(net, x):
     assert 'inner.layer1.0' not in plan.layers and not any('attention' in n for n in plan.layers)
     assert dict(plan.static)['inner.layer1.2'] == 'inner.layer1 is a KW network already'
     assert net.layer1[0].manager is net.layer1.warehouse_manager
-    # Asked for by name, what an earlier conversion left can be had.
+    # A group can name layers that an earlier conversion has left static.
     again = nn.Module()
     again.inner = Net()
     convert_to_kw_(again.inner.layer1, groups=['0'])
@@ -390,7 +390,7 @@ def test_treat_as_plain(net):
     treat_as_plain(Scaled)
     try:
         assert isinstance(convert_to_kw_(net) and net.layer2[2], KWConv2d)
-        # What does something else is told, not converted to what it is not.
+        # A layer that computes something else is an error.
         other = Net()
         other.layer2[2] = Scaled(32, 32, 1)
         with pytest.raises(ValueError, match="declared for Scaled must compute what layer 'layer2"
@@ -418,7 +418,7 @@ def test_ratios_may_be_one_for_each_warehouse(net):
     plan = convert_to_kw_(net, dict(cell_num_ratio=(1, 1.5), spatial_partition=(True, True)),
                           groups=['layer1.0', 'layer1.2'])
     assert [w.num_cells for w in plan.warehouses] == [9, 13]
-    # Groups are found with the largest of them, which parts layer1.
+    # Groups are found with the largest value, which splits layer1.
     with pytest.raises(ValueError, match='3 warehouses, got 2 entries'):
         convert_to_kw_(Net(), dict(cell_num_ratio=(1, 2)))
     # A ratio that cells of 32 channels do not allow leaves layers static, with the reason.

@@ -1,4 +1,4 @@
-"""Convolutions under other names: padded by the input's size, of standardised weight, declared."""
+"""Other types of convolutions: padded by the input's size, with standardised weight, declared."""
 import copy
 import pickle
 from dataclasses import replace
@@ -50,7 +50,7 @@ LAYERS = {
     'timm scaled': lambda: gained(ScaledStdConv2d(16, 32, 3, padding=1, gamma=1.7)),
     'timm scaled same': lambda: gained(ScaledStdConv2dSame(16, 32, 3, stride=2, dilation=2)),
 }
-# What pads by a module of its own; the others are plain, but for their weight.
+# Layers that need a module for padding. The others are plain apart from their weight.
 PADDED = {'adaptive', 'adaptive, dilated', 'adaptive, depthwise', 'adaptive, even kernel',
           'adaptive, stride beyond kernel', 'timm same', 'timm std same', 'timm scaled same'}
 BY_STAGE = dict(groups=['*'], kw_cfg=dict(cell_num_ratio=2))
@@ -68,7 +68,7 @@ def gained(layer):
 
 
 def pair(name):
-    """A network with the layer and the same converted."""
+    """A network with the layer, and its conversion."""
     torch.manual_seed(0)
     static = nn.Sequential(LAYERS[name](), nn.BatchNorm2d(16), nn.ReLU())
     static[1] = nn.BatchNorm2d(static[0].out_channels)
@@ -94,11 +94,11 @@ def test_it_computes_the_same_for_any_size(name):
     assert type(net[0]) is KWConv2d
     assert_same(net, static)
     assert isinstance(net[0].pad_input, SamePadding) == (name in PADDED)
-    # The keys are those of any converted layer: the padding adds none.
+    # The keys are those of any converted layer, because padding adds none.
     plain = nn.Sequential(nn.Conv2d(16, 32, 3, bias=static[0].bias is not None), static[1])
     convert_to_kw_(plain, **BY_STAGE)
     assert list(net.state_dict()) == list(plain.state_dict())
-    # Trained, the kernels depend on the image, and the padding is still that of its size.
+    # After training the kernels depend on the image, and the padding on its size.
     set_temperature(net, 1)
     randomise(net)
     shapes = [net(x).shape for x in maps()]
@@ -229,7 +229,7 @@ def test_a_static_state_dict_is_read_as_the_layers_read_it():
 
 
 def test_what_a_layer_makes_up_for_may_be_missing():
-    # ConvAWS2d takes mean and scale from the weights of a file that was trained without.
+    # ConvAWS2d takes mean and scale from the weights of a file that has neither.
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Conv2d(16, 16, 3), nn.ReLU()).double()
     net = nn.Sequential(ConvAWS2d(16, 16, 3), nn.ReLU()).double()
@@ -259,7 +259,7 @@ def test_kw_converted_starts_from_a_file_of_standardised_weights(tmp_path):
 
 @pytest.fixture
 def forms():
-    """What a test declares is gone for the next one."""
+    """Removes what a test has declared."""
     declared = dict(FORMS)
     yield
     FORMS.clear()
@@ -267,7 +267,7 @@ def forms():
 
 
 class Doubled(nn.Conv2d):
-    """Twice the convolution of an input whose border is repeated."""
+    """Twice the convolution of an input with replicated border."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -318,7 +318,7 @@ def test_a_linear_type(forms):
 
 
 class Noisy(StdConv2d):
-    """What derives from a known type need not compute what that does."""
+    """Derives from a known type, but computes something else."""
 
     def forward(self, x):
         return super().forward(x) + 1
@@ -330,7 +330,7 @@ def test_a_subclass_of_a_known_type_stays_static(forms):
     reason = 'Noisy is a type of its own, which may compute something else'
     assert dict(plan.static) == {'1': reason}
     assert f'static, {reason}: 1' in str(plan)
-    # Declared wrongly, it is told; a form counts for exactly one type.
+    # A wrong declaration is an error. A form holds for exactly one type.
     treat_as_plain(Noisy, FORMS['timm.layers.std_conv.StdConv2d'])
     with pytest.raises(ValueError, match=r"form declared for Noisy must compute what layer '1' "
                        r'does \(see treat_as_plain; filter_fn .* outputs differ by .* of their'):
@@ -370,7 +370,7 @@ def test_wrong_declarations_are_told(forms):
         treat_as_plain('Doubled', doubled)
     with pytest.raises(TypeError, match='form must be a function .* got 2'):
         treat_as_plain(Doubled, 2)
-    # Of a path nobody knows yet what type it is of.
+    # The type behind a path is not known yet.
     treat_as_plain('torch.nn.modules.conv.ConvTranspose2d', doubled)
     with pytest.raises(TypeError, match=r"ConvTranspose2d \(layer '0'\) is declared by its path, "
                        'but must derive from one of'):
@@ -379,7 +379,7 @@ def test_wrong_declarations_are_told(forms):
 
 @pytest.mark.filterwarnings('ignore:std.*degrees of freedom:UserWarning')
 def test_what_computes_nothing_finite_stays_static():
-    # Of one number there is no standard deviation, and the cells would be NaN.
+    # A single number has no standard deviation, and cells would be NaN.
     net = nn.Sequential(nn.Conv2d(16, 32, 3), ConvWS2d(32, 32, 1, groups=32))
     assert dict(plan_conversion(net, groups=['*']).plan.static) == {
         '1': 'its effective weight is not finite'}
@@ -404,5 +404,5 @@ def test_random_numbers_are_left_alone():
 def test_on_the_meta_device():
     with torch.device('meta'):
         net = nn.Sequential(*(make() for make in (LAYERS['timm std same'], LAYERS['mmcv ws'])))
-    # The form is not compared where nothing can be computed.
+    # On the meta device the form is not compared.
     assert len(convert_to_kw_(net, groups=['0', '1']).layers) == 2

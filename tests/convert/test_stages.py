@@ -1,4 +1,4 @@
-"""Stages, read off trees of modules as they are common."""
+"""Stages of common module trees."""
 import pytest
 from torch import nn
 
@@ -17,7 +17,7 @@ class Block(nn.Module):
 
 
 class Layers(nn.Module):
-    """A stage that is neither a list nor named by a number, as Swin's."""
+    """A stage that is neither a list nor has a number in its name, like Swin's."""
 
     def __init__(self):
         super().__init__()
@@ -49,7 +49,7 @@ def resnet():
     (module(stages=nn.ModuleList([Layers()])), 'stages.0.reduction', 'stages.0'),
     (module(features=nn.Sequential(conv(), Block(), Block())), 'features.2.conv1', 'features'),
     (module(blocks=nn.ModuleList([Block()])), 'blocks.0.conv1', 'blocks'),
-    # HRNet: what decides is the first name that does, not the branches inside.
+    # HRNet: the first name that decides counts, not the branches inside.
     (module(stage2=nn.Sequential(module(branches=nn.ModuleList([nn.Sequential(Block())])))),
      'stage2.0.branches.0.0.conv1', 'stage2'),
     (module(features=module(dense1=module(layer1=Block(), layer2=Block()))),

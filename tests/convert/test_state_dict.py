@@ -8,7 +8,7 @@ from kw_mm.convert import start_from_state_dict_
 
 
 class Net(nn.Module):
-    """Two converted parts, a layer with a private warehouse, and what stays static."""
+    """Two converted parts, a layer with a private warehouse, and static layers."""
 
     def __init__(self, kw=True):
         super().__init__()
@@ -39,7 +39,7 @@ def test_a_network_starts_from_its_static_state_dict(pair):
     static, kw = pair
     report = start_from_state_dict_(kw, static.state_dict())
     assert report.exact
-    # By their paths in the whole network, which neither of the three managers knows.
+    # Their paths in the whole network, which none of the three managers knows.
     assert [start.layers for start in report.warehouses] == [
         ('body.0', 'body.2'), ('neck',), ('mlp.a',)]
     x = torch.randn(2, 16, 7, 7).double()

@@ -1,4 +1,4 @@
-"""KW layers that start as static ones: exact where cells suffice, else the best approximation."""
+"""KW layers that start as static ones: exactly if there are enough cells, else approximately."""
 import math
 
 import pytest
@@ -58,7 +58,7 @@ def test_a_network_starts_as_its_static_twin(depth, kw_cfg):
         set_temperature(model, tau)
         error = max(map(relative, model(x), expected))
         assert error < bound
-        assert (error > 1e-5) == (tau > 0)  # what is compensated at 0 shows elsewhere
+        assert (error > 1e-5) == (tau > 0)  # an error that cancels at 0 shows elsewhere
 
 
 @pytest.mark.parametrize('kw_cfg', [dict(cell_num_ratio=2), dict(nonlocal_basis_ratio=1 / 16)])
@@ -86,7 +86,7 @@ def test_within_two_steps_everything_has_moved(kw_cfg, optimizer):
             continue
         logits = 'basis_bias' if layer.plan.num_basis else 'fc2.bias'
         columns = moved[0][f'{name}.attention.{logits}'].view(layer.plan.num_mixtures, -1)
-        assert columns.all(), name  # every mixture's logits: own, others', spare and zero cell
+        assert columns.all(), name  # logits of each mixture: its own, other, spare and zero cells
     for i, warehouse in enumerate(model.plan.warehouses):
         tied = {c for p in warehouse.layers for c in p.assignment.columns}
         spare = [j for j in range(warehouse.num_cells) if j not in tied]
@@ -121,7 +121,7 @@ def test_from_conv(drawn):
     kernel = layer.kernel(x)
     torch.testing.assert_close(kernel[0], kernel[1])  # blind to the input
     pieces = cut_static(conv.weight, layer.plan)
-    # As good as the singular values allow, which with enough cells is exact.
+    # As good as the singular values allow, and exact with enough cells.
     optimum = torch.linalg.svdvals(pieces)[layer.plan.num_cells:].norm().item()
     error = (kernel[0] - conv.weight).norm().item()
     assert error <= 1.01 * optimum + 1e-12 * conv.weight.norm()

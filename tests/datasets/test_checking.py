@@ -1,4 +1,4 @@
-"""Data sets that end a training, or spoil it, are told before a model is built."""
+"""Data sets that would end or spoil a training are reported before a model is built."""
 import importlib.util
 import json
 from pathlib import Path
@@ -39,13 +39,13 @@ def edit(data, change, split='train'):
 @pytest.mark.parametrize('kind', CONFIGS)
 def test_a_good_data_set(data, kind):
     found = check_data(config(kind, data))
-    # Few images: not every class need be in the maps that are read.
+    # With few images, some classes may be missing in the maps that are read.
     assert not found.errors and not found.notes
     assert not [line for line in found.warnings if 'are in none of' not in line]
     assert [line.partition(' images')[0] for line in found.summaries] == ['train: 6', 'val: 2']
 
 
-# What ends a training, each by a change of annotations, config or files, and its one sentence.
+# Faults that end a training: a change of annotations, config or files, and its sentence.
 def rename(coco):
     for category in coco['categories']:
         category['name'] = category['name'].upper()
@@ -96,7 +96,7 @@ def test_files_that_are_missing_or_unreadable(data):
     assert f'train: 1 of 6 images ({image}) do not exist' == gone
     assert 'train: 1 of 5 images read (' in broken and 'cannot be read' in broken
     assert 'cannot be read as JSON' in val
-    # Sampled, the broken one may be passed over, but never the missing one.
+    # A sample may skip the broken image, but never the missing one.
     assert gone in check_data(config('det', data), sample=1).errors
     data.annotations('train').unlink()
     assert 'does not exist' in check_data(config('det', data)).errors[0]

@@ -1,4 +1,4 @@
-"""The shapes data set: images, annotations, the folder, and what mmdet and mmseg make of it."""
+"""The shapes data set: images, annotations, the folder, and loading by mmdet and mmseg."""
 from __future__ import annotations
 
 import json
@@ -48,7 +48,7 @@ def snapshot(root):
 
 
 def has_hole(mask):
-    # A hole is background that does not reach the frame.
+    # A hole is background that is not connected to the frame.
     outside = np.pad(~mask, 1, constant_values=True).astype(np.uint8)
     return cv2.connectedComponents(outside, connectivity=4)[0] > 2
 
@@ -58,7 +58,7 @@ def has_hole(mask):
 
 def test_same_arguments_same_scene():
     image, instances = draw_scene(1, 'train', 3, 64)
-    # Other images in between: nothing is kept from call to call.
+    # With other images in between, because no state is kept between calls.
     draw_scene(2, 'val', 9, 48)
     again, instances_again = draw_scene(1, 'train', 3, (64, 64))
     assert np.array_equal(image, again)
@@ -69,7 +69,7 @@ def test_same_arguments_same_scene():
 def test_seed_split_and_index_each_change_the_scene():
     scenes = [draw_scene(*key, 64)[0] for key in
               [(0, 'train', 0), (1, 'train', 0), (0, 'val', 0), (0, 'train', 1),
-               # Words of a longer seed must not pass for split and index.
+               # The words of a longer seed must not act as split and index.
                (2**32, 'train', 0), (2**64, 'train', 0)]]
     assert len({scene.tobytes() for scene in scenes}) == len(scenes)
 
@@ -104,7 +104,7 @@ def test_scenes_are_varied():
     assert (sides > 50).mean() > 0.1
     assert 0.05 < np.mean([scene[0].iscrowd for scene in scenes]) < 0.25
     assert 3 < len(objects) / len(scenes) < 5
-    # Occlusion is real, though at most a fifth is covered: some convex classes are not convex.
+    # Shapes do cover each other, so some masks of convex classes are not convex.
     convex = [i for i in objects if SHAPE_CLASSES[i.label] in ('circle', 'square', 'triangle')]
     solidity = []
     for instance in convex:
@@ -114,7 +114,7 @@ def test_scenes_are_varied():
 
 
 def test_colour_does_not_tell_the_class():
-    # Mean colours of the classes are equal up to chance; one colour per class would be ~60 off.
+    # Mean colours of classes differ by chance only; with one colour per class it would be ~60.
     colours = [[] for _ in SHAPE_CLASSES]
     for index in range(150):
         image, instances = draw_scene(0, 'train', index, 64)
@@ -125,7 +125,7 @@ def test_colour_does_not_tell_the_class():
 
 
 def test_classes_have_their_form():
-    # Whole objects on their own; (area / area of the hull, has a hole) is known per class.
+    # For complete objects, (area / area of the hull, has a hole) is known for each class.
     solidity = {'circle': (0.9, 1.1), 'square': (0.9, 1.15), 'triangle': (0.9, 1.15),
                 'ring': (0.55, 0.95)}
     seen = set()
@@ -235,7 +235,7 @@ def test_coco_files_agree_with_the_drawing(shapes):
             image, instances = draw_scene(SEED, split, index, SIZE)
             stored = cv2.imread(str(shapes.images(split) / info['file_name']))
             assert (info['width'], info['height']) == SIZE and stored.shape == image.shape
-            # JPEG: equal up to JPEG's rounding; red and blue swapped would differ by 10 or more.
+            # Equal up to JPEG's rounding. With red and blue swapped it would differ by 10 or more.
             assert np.abs(stored.astype(int) - image).mean() < 3
 
             annotations = coco.imgToAnns[image_id]
@@ -268,7 +268,8 @@ def test_label_maps_agree_with_the_instances(shapes):
             labels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
             assert labels.dtype == np.uint8 and labels.shape == SIZE[::-1]
             expected = np.zeros_like(labels)
-            # What is covered belongs to the later object alone, so their order does not matter.
+            # A covered pixel belongs to the later object only, so the order of masks does not
+            # matter.
             for annotation in reversed(coco.imgToAnns[image_id]):
                 mask = coco.annToMask(annotation).astype(bool)
                 assert not expected[mask].any()
@@ -426,8 +427,8 @@ def test_progress_goes_to_stderr_only_when_asked(tmp_path, capsys):
 @pytest.fixture
 def run_tool(monkeypatch, capsys):
     def run(*options):
-        # In this process: importing the package costs seconds. The folder of the tool is first
-        # in the path, as for a script.
+        # In this process, because importing the package takes seconds. The tool's folder comes
+        # first in the path, as for a script.
         with monkeypatch.context() as patch:
             patch.setattr(sys, 'argv', [str(TOOL), *map(str, options)])
             patch.syspath_prepend(TOOL.parent)
@@ -482,7 +483,7 @@ def test_stock_mmdet_loads_it(shapes):
     from mmdet.datasets import CocoDataset
     from mmengine.registry import DefaultScope
 
-    # The scope is handed back, so that tests of MMSegmentation are not disturbed.
+    # The scope is reset, so that tests of MMSegmentation are not affected.
     with DefaultScope.overwrite_default_scope('mmdet'):
         dataset = CocoDataset(
             data_root=str(shapes.root),

@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds: by hand, by closed form, and of networks everyone knows."""
+"""Parameters and multiply-adds: by hand, by formulas, and of well-known networks."""
 from pathlib import Path
 
 import pytest
@@ -63,14 +63,14 @@ def test_a_network_by_its_plan(kw_cfg):
         attention += m * layer.num_basis * (n - own)
         assembly += m * n * layer.cell_shape[0] * layer.cell_shape[1]
     assert (large.attention_flops, large.assembly_flops) == (attention, assembly)
-    # Neither hangs on the image, the convolutions are those of the static network.
+    # Neither depends on the image, and the convolutions cost as in the static network.
     assert (small.attention_flops, small.assembly_flops) == (attention, assembly)
     assert large.flops - attention - assembly == 4_087_136_256
     assert large.cell_parameters == model.plan.num_cell_parameters
     assert large.attention_parameters == model.plan.num_attention_parameters
 
 
-# With their classifiers, as published beside torchvision's weights.
+# With their classifiers, as torchvision publishes.
 @pytest.mark.parametrize('backbone, width, parameters, billions', [
     (lambda: KWResNet(18, static=True), 512, 11_689_512, '1.814'),
     (lambda: KWResNet(50, static=True), 2048, 25_557_032, '4.089'),
@@ -95,7 +95,7 @@ def test_static_networks(backbone, width, parameters, billions):
 @pytest.mark.parametrize('kernel_size', [1, 3])
 @pytest.mark.parametrize('device', ['meta', 'cpu'])
 def test_three_samples_cost_three_times_as_much(kernel_size, device):
-    # Their convolution takes other ways, with batched products.
+    # They are convolved in other ways, with batched products.
     with torch.device(device):
         layer = KWConv2d(8, 8, kernel_size)
         one, three = (measure_module(layer, torch.zeros(n, 8, 6, 6))[''] for n in (1, 3))
@@ -135,7 +135,7 @@ def test_two_stages():
     cascade.model.neck.in_channels = [16, 32, 64, 128]
     stages = [f'roi_head.{kind}_head.{i}' for kind in ('bbox', 'mask') for i in range(3)]
     found = measure_config(cascade, (64, 64), stages)
-    # Per box 1024 wide, with 81 classes and, of whatever class, four coordinates.
+    # Per box: 1024 channels, 81 classes and four coordinates for all classes.
     assert [found[stage].flops for stage in stages[:3]] == [
         1000 * (256 * 49 * 1024 + 1024 * 1024 + 1024 * (81 + 4))] * 3
     assert [found[stage].flops for stage in stages[3:]] == [
@@ -153,7 +153,7 @@ def test_a_model_whose_shapes_hang_on_values():
     for cfg.model.num_queries in (20, 21, 22):
         found.append(measure_config(cfg, (64, 96)))
     assert len({f['backbone'].flops for f in found}) == 1
-    # What grows with the square of the queries: each attends to each, in 256 channels, twice.
+    # The part that grows with the square of the queries: all attend to all, in 256 channels, twice.
     first, second, third = (f[''].flops for f in found)
     assert third - 2 * second + first == 2 * 2 * 256
 
@@ -191,11 +191,11 @@ def test_no_size_is_told():
 
 @pytest.mark.parametrize('grad', [False, True])
 def test_mmengine_counts_what_kernels_cost(grad):
-    # It passed over the operators, and with gradients on its tracing failed: unordered_map::at.
+    # mmengine skipped the operators, and with gradients on its tracing failed: unordered_map::at.
     net = nn.Sequential(KWConv2d(16, 16, 3, padding=1), nn.ReLU(), KWConv2d(16, 32, 1)).eval()
     x = torch.randn(2, 16, 5, 7)
-    # Of a sample, by layer: attention, norm of its hidden units, assembly, convolution. Cells are
-    # as many as mixtures, 9 of 16 x 16 and 1 of 32 x 16.
+    # For one sample, by layer: attention, norm of its hidden units, assembly, convolution. There
+    # are as many cells as mixtures, 9 of 16 x 16 and 1 of 32 x 16.
     first = 16 * 16 + 16 * 9 * 10 + 2 * 16 + 9 * 9 * 256 + 16 * 16 * 9 * 35
     second = 16 * 16 + 16 * 1 * 2 + 2 * 16 + 1 * 1 * 32 * 16 + 16 * 32 * 35
     with torch.set_grad_enabled(grad):
@@ -211,6 +211,6 @@ def test_mmengine_counts_bases():
         optimize_for_inference_(net)
     x = torch.randn(2, 16, 5, 7)
     counts = FlopAnalyzer(net, (x,)).unsupported_ops_warnings(False).by_operator()
-    # 16 hidden units and the bias, each a whole kernel.
+    # 16 hidden units and the bias, each with a whole kernel.
     assert counts['mix_bases'] == 2 * 17 * 16 * 16 * 9
     assert counts['conv'] == 2 * 16 * 16 * 9 * 35

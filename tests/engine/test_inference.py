@@ -29,7 +29,7 @@ CLASSES = dict(det=SHAPE_CLASSES, seg=('background', *SHAPE_CLASSES))
 
 @pytest.fixture(autouse=True, scope='module')
 def scope():
-    """Whatever is left behind here is gone for the tests of other files."""
+    """Resets the default scope for the tests of other files."""
     with DefaultScope.overwrite_default_scope('mmengine'):
         yield
 
@@ -172,7 +172,7 @@ def test_detections_are_written_as_coco(data, predictors, tmp_path):
         with scope_of(config('det', data)):
             found = inference_detector(predictors['det'].inferencer.model, path).pred_instances
         annotations = coco.imgToAnns[image['id']]
-        # Whatever the score: one of 0.3 is for drawing alone.
+        # With any score; 0.3 is the limit for drawing only.
         assert len(annotations) == len(found) > 0
         for annotation, box, score, label, mask in zip(
                 annotations, found.bboxes, found.scores, found.labels, found.masks, strict=True):
@@ -196,7 +196,7 @@ def test_segmentations_are_written_as_label_maps(data, predictors, tmp_path):
 
 @pytest.mark.parametrize('kind, index', [('det', 2), ('seg', 1)])
 def test_unreadable_images_are_passed_over(data, trained, tmp_path, capsys, infer, kind, index):
-    # A folder ended at the first of them.
+    # A run on a folder used to end at the first of them.
     folder = tmp_path / 'images'
     folder.mkdir()
     good = (data.images('val') / '000001.jpg').read_bytes()

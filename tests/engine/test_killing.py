@@ -1,4 +1,4 @@
-"""A short campaign of kills, and that a campaign finds what mmengine's own way of writing loses."""
+"""A short campaign of kills, and a campaign that finds faults of mmengine's own writing."""
 import mmengine.runner.runner
 import pytest
 import torch
@@ -28,12 +28,12 @@ def test_killed_runs_end_as_if_they_had_not_been(tmp_path, kwargs):
                            str(tmp_path / 'runs'), kills=12, report=said.append)
     assert outcome.is_clean, said
     assert outcome.kills == 12 and outcome.random and outcome.writing and outcome.survivors
-    # Whole runs are removed, but for the one that was left alone.
+    # Runs without differences are removed, except the undisturbed one.
     assert [path.name for path in (tmp_path / 'runs').iterdir() if path.is_dir()] == ['whole']
 
 
 def as_mmengine_does(work_dir):
-    """A run without any of what keeps it safe; in a child, which takes that with it."""
+    """A run without our patches, in a child process, so that they stay here."""
     plain = mmengine_checkpoint.save_checkpoint.__wrapped__
     mmengine_checkpoint.save_checkpoint = mmengine.runner.runner.save_checkpoint = plain
     del checkpoint_hook.open

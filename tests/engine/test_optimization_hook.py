@@ -1,4 +1,4 @@
-"""A model that is made faster for one test gives what it gave, with averaged weights too."""
+"""A model that is optimised for one test predicts the same, with averaged weights too."""
 import pytest
 import torch
 from mmengine.evaluator import BaseMetric

@@ -1,4 +1,4 @@
-"""The log of a run: what a person reads, and not a line for every parameter."""
+"""The log of a run is useful, and does not have a line for every parameter."""
 import pytest
 import torch
 from mmengine.logging import print_log
@@ -45,6 +45,6 @@ def test_lines_for_every_parameter_are_left_out(tmp_path, model_type, level):
         assert text.count('paramwise_options') > 50 and 'head.weight - torch.Size' in text
     else:
         assert 'paramwise_options' not in text and 'head.weight - torch.Size' not in text
-        # Both of the linear layer's, by what was done to them.
+        # Both parameters of the linear layer, by how they were initialised.
         assert '    2  ConstantInit: val=0.5' in text
     assert torch.all(runner.model.head.weight == 0.5)

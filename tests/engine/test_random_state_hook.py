@@ -1,4 +1,4 @@
-"""RandomStateHook: killed and resumed runs against one that ran through, to the bit."""
+"""RandomStateHook: killed and resumed runs equal an uninterrupted one exactly."""
 import random
 
 import numpy as np
@@ -70,7 +70,7 @@ def test_training_does_not_depend_on_validation(tmp_path):
     assert run(tmp_path / 'with_unhooked') != run(tmp_path / 'without_unhooked', validate=False)
 
 
-# mmengine builds the data loader with a new seed before it reads that of the checkpoint.
+# mmengine builds the data loader with a new seed before it reads the checkpoint's.
 def test_seed_that_mmengine_drew(tmp_path):
     np.random.seed(1)
     whole = run(tmp_path / 'whole', HOOK, seed=None)

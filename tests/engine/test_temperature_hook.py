@@ -24,7 +24,7 @@ ITERS = SAMPLES // BATCH
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
-    """Spares each Runner questions to compilers and git, a pause, and threads for tiny tensors."""
+    """Saves each Runner calls of compilers and git, a pause, and threads for tiny tensors."""
     monkeypatch.setattr(Runner, '_log_env', lambda *args: None)
     for module in ('runner.runner', 'hooks.runtime_info_hook'):
         monkeypatch.setattr(f'mmengine.{module}.get_git_hash', lambda: '')
@@ -99,7 +99,7 @@ def test_by_hand_over_two_epochs_of_four_iterations(tmp_path):
     run.train()
     expected = [7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8, 0, 0, 0, 0, 0]
     assert run.model.trained_at == expected
-    # A validation in mid-schedule sees what its epoch ended with.
+    # A validation during training sees the temperature with which its epoch ended.
     assert run.model.tested_at == [0.5] * ITERS + [0.0] * 2 * ITERS
     assert logged(run) == pytest.approx(expected)
     log = next(tmp_path.rglob('*.log')).read_text()
@@ -146,8 +146,8 @@ def test_validation_before_training_sees_the_start(tmp_path):
     assert run.model.tested_at[:ITERS] == [1.0] * ITERS
 
 
-# With update_buffers mmengine swaps all buffers for a validation but averages only those of the
-# state dict, so that without the hook's help the copy would be evaluated at 0.
+# With update_buffers mmengine swaps all buffers for a validation, but averages only those in the
+# state dict. So without the hook the copy would be evaluated at 0.
 @pytest.mark.parametrize('update_buffers', [False, True])
 def test_ema_copy_is_evaluated_at_the_current_temperature(tmp_path, update_buffers):
     ema = dict(type='EMAHook', update_buffers=update_buffers)
@@ -166,7 +166,7 @@ def test_accumulated_steps_are_counted(tmp_path):
     assert run.model.trained_at == [0.75, 0.5, 0.25, 0]
 
 
-# InfiniteSampler, the usual one of iteration-based loops, has the length of the data set.
+# InfiniteSampler, usual in iteration-based loops, has the length of the data set.
 @pytest.mark.parametrize('sampler', [DefaultSampler, InfiniteSampler])
 def test_epochs_in_an_iteration_based_loop(tmp_path, sampler):
     cfg = dict(by_epoch=False, max_iters=4, val_interval=2)

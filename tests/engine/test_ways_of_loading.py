@@ -1,8 +1,8 @@
-"""Every way a checkpoint comes into a model: one of another network is refused, the rest loads.
+"""For every way to load a checkpoint: those of other networks are refused, the right one loads.
 
-mmengine loads what fits and logs the rest: a detector with a static checkpoint, or one of another
-attention, was tested with half of its layers at random, and the tool said AP 0.000 and all was
-well.
+mmengine loads what fits and logs the rest. A detector with a static checkpoint, or one of another
+attention, was tested with half of its layers at random; the tool reported AP 0.000 and exit status
+0.
 """
 import copy
 import functools
@@ -26,7 +26,7 @@ from kw_mm.layers.loading import CheckpointMismatch
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = dict(det='mask-rcnn_kw1x-r18_fpn_shapes.py', seg='fpn_kw1x-r18_shapes.py')
-# By name: what differs from the config, and what the error says.
+# By name: the differences from the config, and the error.
 OTHERS = dict(
     static=({'backbone.static': True, 'backbone.kw_cfg': None}, 'static2kw.py'),
     reduction=({'backbone.kw_cfg.reduction': 0.75}, 'backbone .*set kw_cfg'),
@@ -36,9 +36,9 @@ OTHERS = dict(
 
 @pytest.fixture(autouse=True, scope='module')
 def scope():
-    """Whatever is left behind here is gone for the tests of other files."""
+    """Resets the default scope for the tests of other files."""
     with DefaultScope.overwrite_default_scope('mmengine'), pytest.MonkeyPatch.context() as patch:
-        # Runners lay out their config three times, which takes most of their time.
+        # Runners format their config three times, which takes most of their time.
         patch.setattr('mmengine.config.config.FormatCode', lambda text, **kwargs: (text, True))
         yield
 
@@ -78,7 +78,7 @@ def build(cfg):
 
 @pytest.fixture(scope='module')
 def files(data):
-    """Checkpoints of the right model, of others, and of its parts."""
+    """Checkpoints of the right model, of parts of it, and of others."""
     paths = {}
     for kind in CONFIGS:
         states = {name: build(config(kind, data, **changes)).state_dict()
@@ -132,7 +132,7 @@ def test_others_are_refused_and_the_right_one_is_not(data, files, kind, way):
             ('static', OTHERS['static']), ('bare', OTHERS['bare'])]:
         with pytest.raises(CheckpointMismatch, match=message):
             load(config(kind, data), files[kind, name])
-    if way != 'resume':  # which goes on to what training needs
+    if way != 'resume':  # resuming also loads what training needs
         load(config(kind, data), files[kind, 'ddp'])
 
 
@@ -143,7 +143,7 @@ def test_init_cfg_of_the_backbone(data, files, name):
         cfg = config('det', data)
         cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=files['det', name],
                                            prefix=prefix)
-        # Without the prefix it is all of a detector for a backbone.
+        # Without the prefix a whole detector is loaded into a backbone.
         with pytest.raises((CheckpointMismatch, AssertionError),
                            match=expected.replace('backbone .*', '') if prefix else
                            'unknown: .*backbone.conv1.weight'):
@@ -167,7 +167,7 @@ def test_heads_of_other_classes_stay_out(data, files, monkeypatch):
     state = run.model.state_dict()
     assert [key for key in loaded if not torch.equal(loaded[key], state[key])] == [
         'roi_head.bbox_head.fc_cls.weight', 'roi_head.bbox_head.fc_cls.bias']
-    # Not where it is to be tested.
+    # But it is refused for testing.
     with pytest.raises(CheckpointMismatch, match='size mismatch for roi_head.bbox_head.fc_cls'):
         Predictor(cfg, files['det', 'right'], 'cpu')
 
@@ -195,7 +195,7 @@ def test_a_model_with_nothing_in_common(data):
                                                 kernel_size=3)))
     with pytest.raises(CheckpointMismatch, match="has nothing for 'first'.*begin with other"):
         mmengine_checkpoint.load_state_dict(model, {'other.weight': torch.zeros(1)})
-    # No affair of ours.
+    # Models without KW layers are not checked.
     mmengine_checkpoint.load_state_dict(torch.nn.Linear(2, 2), {'other.weight': torch.zeros(1)})
 
 
@@ -220,7 +220,7 @@ def test_the_moving_average(data, files):
 
 @pytest.fixture
 def tool(monkeypatch, data, tmp_path, capsys):
-    """Runs a tool to its end; the last lines of what it complains of."""
+    """Runs a tool that is to fail and returns what it wrote to stderr."""
     def run(name, cfg, *args):
         spec = importlib.util.spec_from_file_location(f'{name}_', ROOT / 'tools' / f'{name}.py')
         module = importlib.util.module_from_spec(spec)
@@ -237,7 +237,7 @@ def tool(monkeypatch, data, tmp_path, capsys):
 
 @pytest.mark.parametrize('name', ['static', 'reduction', 'bare', 'head'])
 def test_the_test_tool(data, files, tool, name):
-    # It left with 0, and AP 0.000 in the log.
+    # The exit status was 0, with AP 0.000 in the log.
     said = tool('test', config('det', data), files['det', name])
     assert re.search(OTHERS[name][1], said)
 

@@ -1,4 +1,4 @@
-"""What gets bases within a budget, what the report says of it, and what is refused."""
+"""Which layers get bases within a budget, the report about them, and errors."""
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +16,8 @@ def plan(num_cells=40, num_mixtures=2, hidden=16, cell_shape=(8, 32, 1, 1)):
 
 
 def test_costs_by_hand():
-    # 40 cells of 256 numbers, read once and mixed twice at a tenth of that each; of 2 mixtures
-    # half of the 16 bases and the one of the bias.
+    # 40 cells of 256 numbers are read once and mixed twice, at a tenth of that cost each. From
+    # bases, 2 mixtures read half of the 16 bases and that of the bias.
     assert assembly_cost(plan()) == pytest.approx(40 * 256 * 1.2)
     assert bases_cost(plan()) == 9 * 2 * 256
     assert bases_size(plan()) == 17 * 2 * 256
@@ -52,7 +52,7 @@ def test_a_budget_is_kept_and_used(model, share):
         twin, report = optimised(model, budget)
     assert report.num_bytes == sum(layer.num_bytes for layer in report.layers) == sum(
         buffer.nbytes for name, buffer in twin.named_buffers() if name.endswith('bases')) <= budget
-    # Nothing that was left out would still fit.
+    # No layer that was left out would fit as well.
     least = min((layer.num_bytes for layer, got in zip(everything.layers, report.layers)
                  if not got.num_bases), default=budget + 1)
     assert least > budget - report.num_bytes
@@ -61,7 +61,7 @@ def test_a_budget_is_kept_and_used(model, share):
 
 
 def test_the_default_budget_takes_what_pays():
-    # Wide cells and many of them; the second layer has a single one.
+    # Many wide cells; the second layer has a single one.
     model = randomise(nn.Sequential(
         KWConv2d(32, 32, 1, kw_cfg=dict(cell_num_ratio=8, cell_outplane_ratio=0.5)),
         KWConv2d(32, 32, 1)))
@@ -143,7 +143,7 @@ def test_budgets_that_are_none(budget, error, message):
 
 
 def test_the_temperature_of_an_optimised_module_cannot_be_set(model):
-    # It would have changed the layers that are left, or nothing at all.
+    # Otherwise it would change the remaining layers, or do nothing.
     both = nn.Sequential(KWConv2d(4, 4, 3), optimised(model)[0])
     with pytest.raises(ValueError, match="must not be optimized for inference, .* of "
                                          "'1.layer1.0.conv1'"):

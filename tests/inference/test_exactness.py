@@ -1,4 +1,4 @@
-"""``optimize_for_inference_`` changes no output, whatever the network, its budget and precision."""
+"""``optimize_for_inference_`` changes no output, for any network, budget and precision."""
 import copy
 
 import pytest
@@ -47,12 +47,12 @@ def test_backbones(name, kind):
     model = randomise(BACKBONES[name]()).double()
     twin, report = optimised_with(kind, model)
     assert bool(report.num_bytes) == (kind == 'bases')
-    if name != 'regnet':  # whose blocks do not tell what follows what
+    if name != 'regnet':  # its blocks do not say which norm follows which convolution
         assert report.num_folded == sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     for batch in (1, 3):
         x = torch.randn(batch, 3, 64, 48).double()
         assert error(outputs(twin, x), outputs(model, x)) < 1e-10
-        # In single precision as exact as the network itself.
+        # In single precision, as exact as the network itself.
     exact, x = outputs(model, x), x.float()
     single, twin = model.float(), twin.float()
     bound = max(1e-5, 2 * error(outputs(single, x), exact))
@@ -62,7 +62,7 @@ def test_backbones(name, kind):
 
 @st.composite
 def networks(draw):
-    """A layer of any geometry, perhaps with a norm behind it, and the shape of an input."""
+    """A layer of any geometry, with or without a norm behind it, and the shape of an input."""
     dims = draw(st.integers(1, 3))
     groups = draw(st.integers(1, 3))
     sizes = lambda low, high: tuple(  # noqa: E731
@@ -143,7 +143,7 @@ def test_sizes_at_which_paths_change(kind, memory_format, channels, ratio):
 @pytest.mark.parametrize('kw_cfg', [dict(), dict(attn_norm='LN'), dict(
     cell_num_ratio=2, cell_inplane_ratio=0.5, cell_outplane_ratio=0.5)])
 def test_the_temperature_stays_in_effect(kw_cfg):
-    # Bases know of no assignment: a layer with a temperature must not have any.
+    # Bases ignore the assignment, so a layer with a temperature must not have any.
     model = randomise(nn.Sequential(KWConv2d(4, 8, 3, kw_cfg=kw_cfg), nn.BatchNorm2d(8),
                                     KWConv2d(8, 8, 1))).double()
     set_temperature(model[0], 0.3)
@@ -174,7 +174,7 @@ def test_inside_conv_module(kind, order):
 
 def test_conv_module_without_a_norm():
     from mmcv.cnn import ConvModule
-    # Its norm_name is None, at which getattr raised a TypeError.
+    # Its norm_name is None, which made getattr raise a TypeError.
     model = randomise(nn.Sequential(ConvModule(4, 4, 3, conv_cfg=dict(type='KWConv2d')))).double()
     twin, report = optimised(model)
     assert report.num_folded == 0
@@ -199,7 +199,7 @@ def test_half_precision_errs_no_more_than_before(name, dtype, kind):
 
 @pytest.mark.parametrize('kind', ['bases', 'cells'])
 def test_autocast(kind):
-    # A product that is given a place for its result is passed over by autocast and raised.
+    # Autocast ignores a product with a given output tensor, which raised an error.
     model = randomise(nn.Sequential(
         nn.Conv2d(3, 32, 3, 2), nn.BatchNorm2d(32), KWConv2d(32, 32, 3, padding=1),
         nn.BatchNorm2d(32), KWConv2d(32, 64, 1), nn.BatchNorm2d(64)))
@@ -231,7 +231,7 @@ def test_storage_in_bfloat16(kind):
         x = torch.randn(batch, 3, 48, 48)
         exact = outputs(model, x)
         assert all(y.dtype == torch.float32 for y in outputs(half, x))
-        # A rounded number is off by at most 2^-9 of itself, at random.
+        # The error of a rounded number is random, and at most 2^-9 of the number.
         assert 1e-4 < error(outputs(half, x), exact) < 1e-2
         assert error(outputs(full, x), exact) < 1e-5
 

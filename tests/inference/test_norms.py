@@ -1,4 +1,4 @@
-"""Batch norms are folded where it is certain what they follow, and nowhere else."""
+"""Batch norms are folded only if it is certain which convolution they follow."""
 import copy
 import importlib
 
@@ -13,7 +13,7 @@ from kw_mm import KWConv2d
 
 
 def check(model, num_folded):
-    """Outputs stay, and so many norms are gone; those left are of their own types."""
+    """Outputs stay the same, and so many norms are gone."""
     model = randomise(model).double()
     twin, report = optimised(model)
     x = torch.randn(2, 4, 8, 7).double()
@@ -48,14 +48,14 @@ def test_norms_of_the_image_stay(norm):
 
 
 class NormAct(nn.BatchNorm2d):
-    """As timm has it: one module for norm and activation."""
+    """One module for norm and activation, as in timm."""
 
     def forward(self, x):
         return super().forward(x).relu()
 
 
 def test_norms_that_do_more_than_normalise_stay():
-    # The activation went with the norm.
+    # The activation was lost with the norm.
     check(nn.Sequential(kw(), NormAct(4), nn.Conv2d(4, 4, 1), NormAct(4)), 0)
 
 
@@ -74,7 +74,7 @@ def test_a_norm_used_twice_stays():
 
 
 def test_a_convolution_used_twice_is_not_scaled():
-    # By the first norm, it would be in its second place as well.
+    # With the first norm folded into it, it would be wrong at its second place.
     conv, static = kw(), nn.Conv2d(4, 4, 1)
     twin, report = check(nn.Sequential(
         conv, nn.BatchNorm2d(4), static, nn.BatchNorm2d(4), nn.ReLU(), conv, static), 0)
@@ -109,7 +109,7 @@ def test_what_is_also_held_in_a_list_stays(hidden, num_folded, skipped):
 
 
 class Residual(nn.Sequential):
-    """Not a chain, whatever its base says."""
+    """Derives from nn.Sequential, but is not a chain."""
 
     def forward(self, x):
         for layer in self:
@@ -118,7 +118,7 @@ class Residual(nn.Sequential):
 
 
 def test_a_sequence_with_a_forward_of_its_own():
-    # The norm of a sum was folded into the last of its summands.
+    # The norm of a sum was folded into the last summand.
     check(Residual(kw(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), 0)
 
 
@@ -134,14 +134,14 @@ def test_a_conv_module_with_a_forward_of_its_own():
 
 def test_a_convolution_whose_weight_is_made_by_a_hook():
     from mmcv.cnn import ConvModule
-    # Spectral norm computes the weight anew in every call: what was folded into it got lost.
+    # Spectral norm computes the weight in every call, which lost what was folded into it.
     check(nn.Sequential(ConvModule(4, 4, 3, norm_cfg=dict(type='BN'), with_spectral_norm=True),
                         spectral_norm(nn.Conv2d(4, 4, 1)), nn.BatchNorm2d(4), kw()), 0)
 
 
 def test_a_conv_module_that_folds_by_itself():
     from mmcv.cnn import ConvModule
-    # It takes the weights of its norm in every call, of which an identity has none.
+    # It reads the weights of its norm in every call, which an identity does not have.
     check(nn.Sequential(ConvModule(4, 4, 3, norm_cfg=dict(type='BN'), efficient_conv_bn_eval=True),
                         kw()), 0)
 

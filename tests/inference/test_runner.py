@@ -14,7 +14,7 @@ from kw_mm import KWResNet
 
 
 class Detector(BaseModel):
-    """The least that a Runner tests."""
+    """The smallest model that a Runner can test."""
 
     def __init__(self, backbone):
         super().__init__()

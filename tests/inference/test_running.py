@@ -1,4 +1,4 @@
-"""Optimised modules at work: threads, memory of any content, gradients of the input."""
+"""Optimised modules with threads, undefined memory, and gradients of the input."""
 import pytest
 import torch
 from in_threads import run_in_threads
@@ -39,8 +39,8 @@ def test_two_threads_have_kernels_of_their_own(kind):
 
 
 def test_a_traced_module_in_threads(kind):
-    # A graph held the memory of kernels as a constant, for all threads: relative error 1.9. The
-    # kernels are as large as those that memory is kept for.
+    # A traced graph kept the memory of kernels as a constant for all threads: relative error 1.9.
+    # The kernels here are large enough for memory to be kept.
     model = randomise(nn.Sequential(KWConv2d(64, 128, 3), nn.ReLU(), KWConv2d(128, 256, 3)))
     twin, _ = optimised_with(kind, model)
     assert twin[2].kernel(torch.zeros(1, 128, 4, 4)).nbytes >= memory.MIN_KEPT
@@ -55,7 +55,7 @@ def test_a_traced_module_in_threads(kind):
 
 
 def test_results_outlive_the_next_image(kind):
-    # They are not the memory that kernels are put into.
+    # They do not share the memory of kernels.
     twin, _ = optimised_with(kind, make_model())
     first, second = images(3, 3)
     found = outputs(twin, first)
@@ -71,7 +71,7 @@ def poison(tensor: Tensor) -> Tensor:
 
 @pytest.fixture
 def nothing_is_zero(monkeypatch):
-    """Memory whose content is undefined is full of NaN; returns the shapes that were asked for."""
+    """Fills undefined memory with NaN; returns the shapes that were asked for."""
     calls = []
 
     def poisoned(original):
@@ -93,13 +93,13 @@ def nothing_is_zero(monkeypatch):
 @pytest.mark.parametrize('sizes', [(1, 3, 1), (3, 2, 0, 3)])
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 def test_memory_is_written_before_it_is_read(kind, sizes, memory_format, nothing_is_zero):
-    # In single precision, whose products are given memory by us.
+    # In single precision, where products write into our memory.
     model = make_model().float()
     twin, _ = optimised_with(kind, model)
     for x in images(*sizes):
         x = x.float().contiguous(memory_format=memory_format)
         assert error(outputs(twin, x), outputs(model, x)) < 1e-5
-    assert len(nothing_is_zero) > 4  # memory for kernels, in the least
+    assert len(nothing_is_zero) > 4  # at least memory for kernels
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
@@ -127,7 +127,7 @@ def test_the_gradient_of_the_input(kind, batch):
 
 
 def test_a_graph_keeps_its_kernels(kind):
-    # In shared memory the second image's would have replaced them before the backward pass.
+    # In shared memory the second image's kernels would have replaced them before the backward pass.
     model = make_model()
     twin, _ = optimised_with(kind, model)
     first, second = (x.requires_grad_() for x in images(3, 3))

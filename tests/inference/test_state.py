@@ -1,4 +1,4 @@
-"""Optimised modules are modules like any other: copies, files, dtypes, modes, state dicts."""
+"""Optimised modules work like any other: copies, files, dtypes, modes, state dicts."""
 import copy
 
 import copies
@@ -76,7 +76,7 @@ def test_state_dict_round_trip(model, kind, x):
 
 
 def test_the_state_dict_holds_all_of_a_temperature(model, x):
-    # beta and tau stood beside it: to_empty left them undefined, and another model kept its own.
+    # beta and tau were not in it: to_empty left them undefined, and another model kept its own.
     for module in (model, plain := copy.deepcopy(model)):
         set_temperature(module, 0.3 if module is model else 0)
     tied, _ = optimised(model, 0)
@@ -94,7 +94,7 @@ def test_the_state_dict_holds_all_of_a_temperature(model, x):
 
 @pytest.mark.parametrize('strict', [True, False])
 def test_a_checkpoint_must_be_loaded_before(model, kind, x, strict):
-    # mmengine is not strict: new cells would have stood beside old bases.
+    # mmengine is not strict, and would have loaded new cells but kept old bases.
     twin, _ = optimised_with(kind, model)
     expected = outputs(twin, x)
     with pytest.raises(ValueError, match='attention.fc1.weight of the checkpoint .*load it before '

@@ -131,7 +131,7 @@ class TestSettling:
         assert torch.equal(norm.running_var, other.running_var)
 
     def test_what_was_trained_stays(self):
-        # With a counter, and without one, as old checkpoints are.
+        # With a counter, and without one, as in old checkpoints.
         for trained in (dict(num_batches_tracked=torch.tensor(1000)),
                         dict(running_mean=torch.ones(5))):
             norm = self.norm()
@@ -148,7 +148,7 @@ class TestSettling:
         assert norm.num_batches_tracked == 0 and norm.settling
 
     def test_passes_before_a_backward_pass_do_not_disturb_each_other(self):
-        # Statistics that change in place are an error for graphs that hold them.
+        # Changing statistics in place is an error for graphs that have saved them.
         norm = self.norm()
         norm.settle()
         x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)

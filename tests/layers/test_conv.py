@@ -15,7 +15,7 @@ LAYERS = {1: KWConv1d, 2: KWConv2d, 3: KWConv3d}
 
 
 def literal_forward(layer, x):
-    """The layer from the reference functions alone."""
+    """The layer computed by reference functions only."""
     attention, plan = layer.attention, layer.plan
     hidden = attention.fc2(F.relu(attention.norm1(attention.fc1(x.flatten(2).mean(-1)))))
     rows = hidden.unflatten(1, (plan.num_mixtures, -1))
@@ -165,7 +165,7 @@ def test_default_path_follows_device_dtype_and_autocast():
 @pytest.mark.parametrize('layer', [KWConv1d(4, 4, 1), KWConv2d(4, 4, 3), KWConv3d(4, 4, 1),
                                    KWLinear(4, 4)])
 def test_there_is_no_weight_and_who_asks_is_told(layer):
-    # "object has no attribute 'weight'" helped nobody, and what was set had no effect.
+    # The error was "object has no attribute 'weight'", and a weight that was set had no effect.
     name = type(layer).__name__
     assert not hasattr(layer, 'weight')
     assert getattr(layer, 'weight', None) is None
@@ -183,7 +183,7 @@ def test_there_is_no_weight_and_who_asks_is_told(layer):
 
 @pytest.mark.parametrize('padding_mode', ['zeros', 'reflect'])
 def test_geometry_that_is_set_later_counts(padding_mode):
-    # Tools that dilate a network set these; paddings that are no zeros stayed what they were.
+    # Tools that dilate a network set these. Paddings other than zeros ignored it.
     torch.manual_seed(0)
     static = nn.Conv2d(4, 4, 3, stride=2, padding=1, padding_mode=padding_mode)
     layer = KWConv2d.from_conv(static)

@@ -1,7 +1,7 @@
-"""What no state dict has, the assignment beta and the temperature, wherever memory is replaced.
+"""beta and the temperature, which no state dict has, are right after memory was replaced.
 
-A network that was built on the meta device and loaded strictly once gave NaN or 1e31, though all
-keys had matched: beta and tau were left as ``to_empty`` had found the memory.
+A network that was built on the meta device and loaded strictly used to return NaN or 1e31, though
+all keys matched, because beta and tau contained whatever was in memory after ``to_empty``.
 """
 import copy
 import itertools
@@ -102,7 +102,7 @@ def test_state_that_is_assigned(build):
     net = build('meta')
     net.load_state_dict(original.state_dict(), assign=True)
     check(net, original)
-    # Another dtype: beta is no longer that of the rest.
+    # Another dtype, which beta does not have yet.
     double = {key: value.double() if value.is_floating_point() else value
               for key, value in original.state_dict().items()}
     for net in (build(), build('meta')):
@@ -120,7 +120,7 @@ def test_the_temperature_outlives_new_memory(build):
     net.half().to_empty(device='cpu').float()
     net.load_state_dict(original.state_dict())
     check(net, original, tau=0.3)
-    # From nowhere it is that of fine-tuning.
+    # Without a value to keep, it is that of fine-tuning.
     net.to('meta').to_empty(device='cpu').load_state_dict(original.state_dict())
     set_temperature(original, 0)
     check(net, original)
@@ -136,7 +136,7 @@ def test_memory_that_is_kept_is_not_replaced(build):
 
 
 def test_reset_parameters_of_what_holds_parameters(build):
-    """What sharding does to a model on the meta device; a list of cells had no such method."""
+    """Sharding calls it for models on the meta device; a list of cells had no such method."""
     net = build('meta')
     for module in net.modules():
         if list(itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False))):

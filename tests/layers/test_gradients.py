@@ -13,7 +13,7 @@ from torch import nn
 from kw_mm import KWConv1d, KWConv2d, KWConv3d
 
 CLASSES = {1: KWConv1d, 2: KWConv2d, 3: KWConv3d}
-# Of a layer: its input, the cells, both ends of the attention.
+# In a layer: its input, the cells, the first and last weights of the attention.
 NAMES = ('x', 'cells', 'fc1', 'fc2')
 SUBSETS = [names for size in range(1, len(NAMES) + 1)
            for names in itertools.combinations(NAMES, size)]
@@ -23,7 +23,7 @@ SUBSETS = [names for size in range(1, len(NAMES) + 1)
 def layers(draw):
     dims = draw(st.sampled_from([1, 2, 2, 2, 3]))
     groups = draw(st.sampled_from([1, 1, 2]))
-    # Narrow ones take torch's products, wide ones the compiled, few and many cells other orders.
+    # Narrow cells use torch's products, wide ones the compiled; the order depends on their number.
     channels = draw(st.sampled_from([(4, 6), (16, 32), (48, 16), (32, 32)]))
     kernel_size = draw(st.lists(st.sampled_from([1, 2, 3]), min_size=dims, max_size=dims))
     layer = CLASSES[dims](
@@ -43,7 +43,7 @@ def behind_nan(tensor):
 
 
 def in_strides(kind, shape, dtype):
-    """Random numbers in an order of memory that gradients come in."""
+    """Random numbers in a memory layout that gradients can have."""
     torch.manual_seed(2)
     if kind == 'expanded':
         return behind_nan(torch.randn((), dtype=torch.float64).to(dtype)).expand(shape)
@@ -71,15 +71,16 @@ def gradients(layer, x, names, output, kind):
        kind=st.sampled_from(['contiguous', 'expanded', 'strided', 'transposed']),
        output=st.sampled_from(['forward', 'kernel']), channels_last=st.booleans())
 def test_every_subset_of_gradients(layer, batch, names, kind, output, channels_last):
-    # Without gradients of the cells those of the mixing weights were read from rows that were
-    # none: as wrong as they are large; and of an expanded one from beyond its memory.
+    # Without gradients of the cells, those of the mixing weights were computed from rows that were
+    # not contiguous: with an error as large as themselves, and for an expanded one from memory
+    # beyond it.
     assume(not channels_last or layer.num_dims == 2)
-    # Two samples are normalised to plus and minus one, wherever they are: what is left of a
-    # gradient is rounding.
+    # Batch norm turns any two samples into plus and minus one, so the exact gradient is 0 and only
+    # rounding errors remain.
     assume(batch != 2 or not layer.training or isinstance(layer.attention.norm1, nn.LayerNorm))
     torch.manual_seed(1)
     with torch.no_grad():
-        # A signal that is not lost in the mean.
+        # A signal that the mean does not remove.
         x = torch.randn(batch, layer.in_channels, *(5,) * layer.num_dims) + torch.randn(
             batch, layer.in_channels, *(1,) * layer.num_dims)
         nn.init.normal_(layer.attention.fc1.weight, 0, 0.5)
@@ -98,7 +99,7 @@ def test_every_subset_of_gradients(layer, batch, names, kind, output, channels_l
 
 
 def test_the_gradient_of_an_image_alone():
-    # As saliency maps and adversarial examples ask for it.
+    # As for saliency maps and adversarial examples.
     torch.manual_seed(0)
     layer = KWConv2d(64, 64, 3, padding=1)
     twin = copy.deepcopy(layer).double()

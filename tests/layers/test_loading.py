@@ -1,6 +1,6 @@
-"""State dicts of other networks: a KW layer, and a backbone of ours, is loaded whole or not at all.
+"""State dicts of other networks: KW layers and backbones are loaded completely or not at all.
 
-Each was once loaded as far as it fitted, which left layers random without a word.
+They were once loaded as far as they fitted, which silently left layers random.
 """
 import copy
 
@@ -118,7 +118,7 @@ def plain():
 
 @pytest.mark.parametrize('wrap', [nn.Sequential, lambda module: module])
 def test_converted_modules(wrap):
-    # KW layers in another's network: that network's own keys are not our affair.
+    # KW layers in any network: the network's other keys are not checked.
     module = wrap(plain())
     convert_to_kw_(module)
     with pytest.raises(CheckpointMismatch, match=STATIC):
@@ -148,7 +148,7 @@ def test_a_part_of_a_model_may_be_loaded(build):
 
 
 def test_what_files_may_lack_or_have(build):
-    # Counters, which files of old have not; classifiers; norms of outputs that the other had not.
+    # Counters, which old files lack; classifiers; norms of outputs that the other network lacks.
     model = build()
     state = {key: value for key, value in build().state_dict().items()
              if 'num_batches_tracked' not in key and not key.startswith(('norm0', 'norm1'))}

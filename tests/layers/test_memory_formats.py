@@ -1,7 +1,7 @@
-"""What leaves a layer lies in memory as what came in: contiguous, or channels-last.
+"""A layer's output has the memory format of its input: contiguous or channels-last.
 
-A kernel whose dimensions of length 1 had unusual strides made the convolution of one image answer
-channels-last, and operators that read memory as if it were contiguous took wrong numbers from it.
+If dimensions of length 1 of a kernel had unusual strides, convolving a single image returned a
+channels-last map, and operators that treat memory as contiguous read wrong numbers.
 """
 import itertools
 import math
@@ -16,8 +16,8 @@ from kw_mm.ops import convolution, dynamic_conv, use_cpu_products
 
 CONVS = {1: KWConv1d, 2: KWConv2d, 3: KWConv3d}
 
-# Pointwise, and not quite; in and out of one channel; depthwise, grouped; of some length in one
-# dimension alone; dilated, strided, padded by name or by something else than zeros.
+# Pointwise, and nearly so; with one input or output channel; depthwise, grouped; longer in one
+# dimension only; dilated, strided, padded by name or with other values than zeros.
 GEOMETRIES = [
     dict(kernel_size=1), dict(kernel_size=1, padding=1), dict(kernel_size=1, stride=2),
     dict(kernel_size=3, padding=1), dict(kernel_size=3, padding=1, stride=2),
@@ -36,7 +36,7 @@ def channels_last(x):
 
 
 def lies_as(y, layout):
-    """Strides as in a new tensor: of dimensions of length 1, too, which is_contiguous passes."""
+    """Strides as in a new tensor, also in dimensions of length 1, which is_contiguous ignores."""
     if layout is contiguous:
         return y.stride() == torch.empty(y.shape).stride()
     return y.movedim(1, -1).is_contiguous()
@@ -51,7 +51,7 @@ def layers(dims):
         yield CONVS[dims](4, **kwargs)
 
 
-# So many positions that each path is taken: im2col, sample by sample, grouped.
+# Numbers of positions with which each path is taken: im2col, sample by sample, grouped.
 SIZES = {1: [(6,), (1100,)], 2: [(1, 5), (7, 6), (11, 12), (34, 33)], 3: [(3, 4, 3), (10, 9, 13)]}
 
 
@@ -105,9 +105,9 @@ PATHS = ['_one', '_pointwise', '_im2col', '_sample_by_sample', '_grouped']
 @pytest.mark.parametrize('layout', [contiguous, channels_last])
 @pytest.mark.parametrize('path', PATHS)
 def test_kernels_of_any_strides_without_copies(path, layout, monkeypatch):
-    # The paths themselves answer in the right order: a map that is copied costs as much as a small
-    # convolution. Kernels: as they are indexed, positions before inputs, an output channel at a
-    # time, and with strides of dimensions of length 1 that nobody would expect.
+    # The paths themselves return the right format, because copying a map costs as much as a small
+    # convolution. Kernels are contiguous, position before input, one output channel at a time, or
+    # with unusual strides in dimensions of length 1.
     monkeypatch.setattr(convolution, 'choose_path', lambda *_: getattr(convolution, path))
     batch = 1 if path == '_one' else 3
     for groups, size in itertools.product((1, 4), ((1, 1), (3, 3), (1, 3))):
@@ -149,8 +149,8 @@ def odd(kernel):
     lambda **kwargs: mobilenet(**kwargs)], ids=['r50', 'r18-d8', 'convnext', 'convnext-os8',
                                                 'mobilenet'])
 def test_backbones(build, static, train):
-    # ConvNeXt's norms end in a permuted view: its feature maps were channels-last at every batch
-    # size, the static twin's as well.
+    # ConvNeXt's norms return a permuted view, so its feature maps were channels-last for every
+    # batch size, also in the static twin.
     torch.manual_seed(0)
     net = build(static=static).train(train)
     for layout, batch in itertools.product((contiguous, channels_last), (1, 2)):
@@ -159,7 +159,7 @@ def test_backbones(build, static, train):
             outputs = net(x)
         assert len(outputs) == 4
         for y in outputs:
-            # Maps of channels-last images may be either.
+            # The maps of channels-last images may have either format.
             assert lies_as(y, layout) or (layout is channels_last and lies_as(y, contiguous))
 
 

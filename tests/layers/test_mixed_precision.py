@@ -1,4 +1,4 @@
-"""Layers under autocast: as precise as static ones, and within the range of float16."""
+"""Layers under autocast are as precise as static ones and stay within float16's range."""
 import copy
 
 import pytest
@@ -38,7 +38,7 @@ def check(module, x, weights, dtype, tolerance):
     for name, grad in grads(module, x.to(dtype), weights, dtype).items():
         wanted = exact[name]
         assert grad.isfinite().all(), name
-        if wanted.norm() > 1e-6 * weights.norm():  # a bias before a norm has none
+        if wanted.norm() > 1e-6 * weights.norm():  # the gradient of a bias before a norm is 0
             assert (grad - wanted).norm() < tolerance * wanted.norm(), name
 
 
@@ -46,8 +46,8 @@ def check(module, x, weights, dtype, tolerance):
 @pytest.mark.parametrize('norm', ['BN1d', 'LN'])
 @pytest.mark.parametrize('kw_cfg', [dict(), dict(nonlocal_basis_ratio=0.5)])
 def test_gradients_of_the_attention(norm, dtype, kw_cfg):
-    # Two images whose averages hardly differ: their small deviation, by which batch norm divides,
-    # was rounded away, and the gradient of fc1's output overflowed float16.
+    # The averages of two images hardly differ. Their small deviation, by which batch norm divides,
+    # was rounded to 0, and the gradient of fc1's output overflowed float16.
     torch.manual_seed(0)
     plan = plan_warehouses([ConvSpec(name, 16, 16, (3, 3)) for name in 'ab'],
                            dict(attn_norm=norm, **kw_cfg))
@@ -55,7 +55,7 @@ def test_gradients_of_the_attention(norm, dtype, kw_cfg):
     x = torch.rand(1, 16, 5, 5) + 0.1 * torch.randn(2, 16, 1, 1)
     # A loss scale with which torch's GradScaler begins.
     weights = 65_536. * torch.randn(2, 9, plan.layers['b'].num_cells)
-    # What is handed on to the input has the input's precision.
+    # The gradient of the input has the input's precision.
     check(attention, x, weights, dtype, 4 * torch.finfo(dtype).eps)
 
 
@@ -63,8 +63,8 @@ def test_gradients_of_the_attention(norm, dtype, kw_cfg):
 @pytest.mark.parametrize('norm', ['BN1d', 'LN'])
 @pytest.mark.parametrize('batch', [1, 2])
 def test_gradients_of_mixing_weights_beyond_float16(norm, batch):
-    # Each is a sum of so many products that it overflows where the kernel's own gradient, 2,000 to
-    # 4,000 here, does not; kept in float16 it made all gradients before it infinite.
+    # Each is a sum of so many products that it overflows float16, while the kernel's own gradient,
+    # 2,000 to 4,000 here, does not. In float16 it made all earlier gradients infinite.
     torch.manual_seed(0)
     layer = KWConv2d(64, 64, 3, padding=1, bias=False, kw_cfg=dict(attn_norm=norm)).train()
     nn.init.uniform_(layer.warehouse_manager.weights[0], 0.05, 0.15)
@@ -96,7 +96,7 @@ def test_mixing_weights_keep_the_precision_of_the_parameters(norm):
     (KWConv1d(4, 6, 3), (2, 4, 6)), (KWLinear(4, 6), (2, 5, 4))])
 @pytest.mark.parametrize('dtype', [FLOAT16, torch.bfloat16])
 def test_autocast_leaves_float64_alone(layer, shape, dtype):
-    # It does so for static layers; here half met double.
+    # Static layers do this; KW layers mixed half and double precision.
     layer = copy.deepcopy(layer).double()
     x = torch.randn(shape, dtype=torch.float64)
     weights = torch.randn_like(layer(x))

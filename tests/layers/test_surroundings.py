@@ -1,4 +1,4 @@
-"""KW layers under what training puts them through: copies, compilers, wrappers, checkpoints."""
+"""KW layers in training: copies, compilers, wrappers, checkpoints."""
 import os
 import subprocess
 import sys
@@ -92,7 +92,7 @@ def test_a_layer_compiles_without_graph_breaks(x, kw_cfg):
     torch.manual_seed(0)
     net = Net(**kw_cfg).double().eval()
     compiled = torch.compile(net.a, fullgraph=True, backend='aot_eager')
-    for tau in (0, 0.4):  # a new temperature is no reason to compile again
+    for tau in (0, 0.4):  # a new temperature does not compile again
         set_temperature(net, tau)
         with torch.compiler.set_stance('default' if tau == 0 else 'fail_on_recompile'):
             y = compiled(x)
@@ -186,7 +186,7 @@ def test_two_process_ddp_gives_the_gradients_of_the_global_batch(tmp_path):
 
 
 def test_channels_last():
-    # Cells have five dimensions, which nn.Module.to could not bring into this format.
+    # Cells have five dimensions, for which nn.Module.to refuses this format.
     net = nn.Sequential(KWConv2d(4, 8, 3), nn.Conv2d(8, 8, 3)).double()
     x = torch.randn(2, 4, 9, 9, dtype=torch.double)
     expected = net(x)

@@ -1,7 +1,7 @@
 """Graphs of KW layers: torch.fx, torch.jit.trace and torch.export, with sizes that change.
 
-Control flow on the shapes of tensors stopped torch.fx, and made exported and traced graphs wrong
-or invalid for any size but that of the example.
+Control flow that depends on shapes was an error in torch.fx, and made exported and traced graphs
+wrong or invalid for other sizes than the example's.
 """
 import copy
 
@@ -52,11 +52,11 @@ def test_fx(name, mode):
     kw_layers = [path for path, module in net.named_modules() if hasattr(module, 'plan')
                  and hasattr(module, 'in_channels')]
     assert all(path in layers or path.removesuffix('.conv') in layers for path in kw_layers)
-    # The cells of shared warehouses are no layer's, and come along all the same.
+    # Cells of shared warehouses belong to no layer, but are in the graph.
     assert {key for key in net.state_dict() if 'warehouse' in key} <= set(graph.state_dict())
     for size in ((2, 3, 64, 64), (1, 3, 96, 64), (3, 3, 64, 96)):
         x = torch.randn(size)
-        # Copies, for in training a run changes what the next one starts from.
+        # Copies, because in training a run changes the statistics for the next one.
         pair = copy.deepcopy(net), copy.deepcopy(graph)
         for actual, expected in zip(*(outputs(module, x, grad=True) for module in pair[::-1])):
             torch.testing.assert_close(actual, expected)
@@ -140,7 +140,7 @@ def test_other_sizes_than_the_example_s(name, how, channels_last):
         x = torch.randn(batch, 4, *size[:dims])
         return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x
 
-    # So few positions that one path is chosen, and so many that it is another.
+    # Few positions and many, for which different paths are chosen.
     example = maps(2, 7, 8, 9)
     with torch.set_grad_enabled(how != 'trace without gradients'):
         if how == 'export':

@@ -1,4 +1,4 @@
-"""Devices without float64, such as Apple's GPUs, which mmengine picks by itself."""
+"""Devices without float64, such as Apple's GPUs, which mmengine uses by default."""
 import pytest
 import torch
 from optimised import optimised, outputs
@@ -12,7 +12,7 @@ from kw_mm.layers import attention, static_start
 
 
 class NoFloat64(TorchDispatchMode):
-    """Refuses every operation that has to do with float64, as an Apple GPU does."""
+    """Refuses every operation with float64, as an Apple GPU does."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -30,7 +30,7 @@ def no_float64(monkeypatch):
 
 
 def on_device(net):
-    """Its temperatures as they are on such a device."""
+    """Sets its temperatures as on such a device."""
     for layer in net.modules():
         if isinstance(layer, attention.Attention):
             layer.tau = layer.tau.float()

@@ -13,7 +13,7 @@ CASES = dict(plain=dict(), basis=dict(nonlocal_basis_ratio=0.5))
 
 
 class Lora(nn.Module):
-    """An adapter as libraries put it into the place of a linear layer: no weight of its own."""
+    """An adapter that libraries put in place of a linear layer. It has no weight of its own."""
 
     def __init__(self, base):
         super().__init__()
@@ -64,7 +64,7 @@ NAMES = {'plain': ('fc1', 'fc2'), 'basis': ('fc1', 'fc2', 'fc3')}
 @pytest.mark.parametrize('case', CASES)
 @pytest.mark.parametrize('norm', ['LN', 'BN1d'])
 def test_every_linear_layer_is_called(case, norm, x):
-    # fc2's and fc3's weights were read instead, past whatever hooks and wrappers do.
+    # The weights of fc2 and fc3 were read instead, which ignored hooks and wrappers.
     layers = make_layers(case, norm)
     called = []
     for attention in attentions(layers):
@@ -83,7 +83,7 @@ def test_every_linear_layer_is_called(case, norm, x):
     (parametrizations.weight_norm, 'parametrizations.weight.original1')])
 @pytest.mark.filterwarnings('ignore:.*weight_norm.* is deprecated')
 def test_norms_of_weights_take_effect_and_their_gradients_arrive(case, wrap, learns, x):
-    # With hook-style spectral norm fc2's weight_orig got no gradient, without a word.
+    # With hook-style spectral norm, fc2's weight_orig silently got no gradient.
     layers = make_layers(case)
     for attention in attentions(layers):
         for name in NAMES[case]:
@@ -93,7 +93,7 @@ def test_norms_of_weights_take_effect_and_their_gradients_arrive(case, wrap, lea
         for name in NAMES[case]:
             layer = getattr(attention, name)
             assert layer.get_parameter(learns).grad.abs().sum() > 0, name
-            # What it computes with is derived anew, not what was there at the start.
+            # The weight is derived anew, so it is not the initial one.
             before = attention(x)
             with torch.no_grad():
                 layer.get_parameter(learns)[0] += 1
@@ -102,7 +102,7 @@ def test_norms_of_weights_take_effect_and_their_gradients_arrive(case, wrap, lea
 
 @pytest.mark.parametrize('case', CASES)
 def test_pruned_weights_stay_zero_while_the_rest_is_trained(case, x):
-    # fc2's mask was applied once, by the hook, to a weight that training then left behind.
+    # The hook applied fc2's mask once, to a weight that training no longer used.
     layers = make_layers(case)
     for attention in attentions(layers):
         for name in NAMES[case]:
@@ -222,7 +222,7 @@ def test_initial_values_are_drawn_for_what_is_plain_and_the_rest_says_so(case, w
     lambda layer: parametrizations.spectral_norm(layer),
     lambda layer: parametrize.register_parametrization(layer, 'weight', Doubled())])
 def test_wrapped_attentions_are_left_as_they_are_by_the_optimisation(case, norm, wrap, x):
-    # An adapter has no weight that could be folded, and what is folded of others is a copy.
+    # An adapter has no weight that could be folded, and folding others would copy them.
     for name in NAMES[case]:
         layers = make_layers(case, norm).eval()
         attention = layers[1].attention

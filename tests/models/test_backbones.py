@@ -1,4 +1,4 @@
-"""What holds for every KW backbone."""
+"""Tests of every KW backbone."""
 import copy
 
 import pytest
@@ -92,7 +92,7 @@ def test_checkpointing_recomputes_the_same(backbone):
     for each in (model, twin):
         sum(out.square().mean() for out in each(x)).backward()
     for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
-        # Gradients of cells are added up block by block instead of at once.
+        # Gradients of cells are added up block by block, not at once.
         assert (a.grad - b.grad).norm() <= 1e-12 * a.grad.norm(), name
 
 

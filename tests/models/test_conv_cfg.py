@@ -39,7 +39,7 @@ def test_forward_backward_and_initialisation(registry, cfg, inputs, num_kw):
     assert len(layers) == num_kw
     assert all(layer.cells.numel() == 2 * layer.plan.spec.num_static_parameters
                - 2 * layer.plan.spec.bias * layer.out_channels for layer in layers.values())
-    module.init_weights()  # mmengine's initialisers know KW layers by no name
+    module.init_weights()  # mmengine's initialisers do not know KW layers by name
     outputs, expected = module(inputs), static(inputs)
     as_list = lambda out: list(out) if isinstance(out, (list, tuple)) else [out]  # noqa: E731
     assert [o.shape for o in as_list(outputs)] == [o.shape for o in as_list(expected)]

@@ -1,4 +1,4 @@
-"""KWConverted: any registered module, started from the static weights its config asks for."""
+"""KWConverted: any registered module, started from the static weights of its config."""
 import copy
 import pickle
 
@@ -23,7 +23,7 @@ SWIN = dict(type='mmdet.SwinTransformer', embed_dims=32, depths=(2, 2), num_head
 
 
 class Parent(BaseModule):
-    """A detector as far as initialisation goes."""
+    """Initialises itself like a detector."""
 
     def __init__(self, backbone, init_cfg=None):
         super().__init__(init_cfg)
@@ -38,7 +38,7 @@ def seed():
 
 @pytest.fixture
 def regnet(tmp_path):
-    """A static RegNet with weights and statistics of its own, and its checkpoint."""
+    """A static RegNet with random weights and statistics, and its checkpoint."""
     static = perturb_norms_(DET_MODELS.build(REGNET))
     static.eval()
     torch.save(dict(state_dict={f'backbone.{k}': v for k, v in static.state_dict().items()}),
@@ -53,7 +53,7 @@ def close(outputs, expected, bound=1e-4):
 
 def test_a_detector_starts_from_the_static_weights_of_its_backbone(regnet):
     static, init_cfg = regnet
-    # What the parent draws comes before, and does not see KW layers anyway.
+    # The parent initialises before, and ignores KW layers anyway.
     parent = Parent(dict(type='KWConverted', module=dict(**REGNET, init_cfg=init_cfg),
                          kw_cfg=dict(cell_num_ratio=2)),
                     init_cfg=dict(type='Constant', layer=['Conv2d', 'Linear'], val=3))
@@ -131,7 +131,7 @@ def test_a_second_initialisation_does_nothing(monkeypatch):
 
 
 def test_an_init_weights_of_the_modules_own_is_honoured(tmp_path):
-    """Swin's reads checkpoints itself; and its linear layers become KW ones."""
+    """Swin's init_weights reads checkpoints itself, and its linear layers become KW ones."""
     static = DET_MODELS.build(SWIN)
     for parameter in static.parameters():
         nn.init.normal_(parameter, 0, 0.1)
@@ -182,7 +182,7 @@ def test_types_resolve_in_the_current_scope():
         with DefaultScope.overwrite_default_scope(scope):
             model = registry.build(dict(type='KWConverted', module=fpn))
         assert type(model).__module__.startswith(scope)
-        model.init_weights()  # the scope is that of the building
+        model.init_weights()  # the scope is that in which it was built
     assert MODELS.get('KWConverted') is KWConverted
 
 
@@ -199,7 +199,7 @@ def test_wrong_arguments_are_told_at_construction(kwargs, error, message):
 
 
 class Classifier(BaseModel):
-    """The least that a Runner trains."""
+    """The smallest model that a Runner can train."""
 
     def __init__(self, backbone):
         super().__init__()

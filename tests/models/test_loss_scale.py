@@ -9,7 +9,7 @@ from kw_mm import KWResNet, set_temperature
 
 
 def step(loss_scale, tau, **options):
-    """Gradients of one step in float16, as a GradScaler asks for them."""
+    """Gradients of one step in float16, with a GradScaler's loss scale."""
     torch.manual_seed(0)
     net = KWResNet(18, base_channels=16, norm_eval=False, zero_init_residual=False,
                    **options).train()
@@ -22,12 +22,13 @@ def step(loss_scale, tau, **options):
     return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
 
 
-# From scratch a run begins at temperature 1. At 0 kernels are 4 to 6 times smaller than a static
-# network's and their gradients, which the convolution computes in float16, so much larger.
+# Training from scratch begins at temperature 1. At 0, kernels are 4 to 6 times smaller than a
+# static network's, and their gradients, which convolutions compute in float16, larger by that
+# factor.
 @pytest.mark.parametrize('attn_norm, tau, loss_scale', [
     ('BN1d', 1, 16_384), ('LN', 1, 16_384), ('LN', 0.5, 16_384), ('LN', 0, 4_096)])
 def test_gradients_are_finite(attn_norm, tau, loss_scale):
-    # The sums that are gradients of mixing weights overflowed first, in the last case.
+    # In the last case the gradients of mixing weights, which are long sums, overflowed first.
     gradients = step(loss_scale, tau, kw_cfg=dict(attn_norm=attn_norm))
     assert all(grad.isfinite().all() for grad in gradients.values())
 

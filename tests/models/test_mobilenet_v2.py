@@ -33,7 +33,7 @@ def test_the_first_block_of_a_stage_belongs_to_the_stage_before():
     assert owner['features.1.conv.1'] == owner['features.2.conv.2'] == 'stage1.pwconv'
     assert owner['features.4.conv.1.0'] == 'stage2.dwconv'
     assert owner['features.14.conv.0.0'] == 'stage5.pwconv'
-    # The rows of 160 and 320 channels are one stage, and the last layer is of it.
+    # The rows of 160 and 320 channels and the last layer are one stage.
     assert owner['features.17.conv.0.0'] == owner['features.18.0'] == 'stage6.pwconv'
 
 
@@ -66,7 +66,7 @@ def test_the_static_twin_is_mmsegs_dilated(strides, dilations, output_stride):
     other.eval()
     for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
         nn.init.uniform_(norm.weight), nn.init.uniform_(norm.running_mean)
-    # Other names in the same order; the last layer is idle here and not there at all.
+    # Other names in the same order. The last layer does not run here and does not exist there.
     ours = [v for k, v in model.state_dict().items() if not k.startswith('features.18.')]
     other.load_state_dict(dict(zip(other.state_dict(), ours, strict=True)))
     x = torch.randn(1, 3, 64, 96).double()

@@ -35,7 +35,7 @@ def build(config, device='cpu'):
 
 
 def classifier(state, **heads):
-    """A state dict of the authors' classifier: the backbone's and a head."""
+    """A state dict of the authors' classifier: the backbone's with a head."""
     heads = heads or {'fc.weight': torch.randn(7, 16), 'fc.bias': torch.randn(7)}
     return OrderedDict({**state, **heads})
 
@@ -52,7 +52,7 @@ def assert_same(actual, expected):
 
 @pytest.fixture(scope='module', autouse=True)
 def cached_builds():
-    """Lets each backbone be built once: what takes time is the same in most tests."""
+    """Builds each backbone once, because most tests build the same ones."""
     @functools.cache
     def cached(text):
         return MODELS.build(eval(text))
@@ -63,13 +63,13 @@ def cached_builds():
 
 
 def convert(file, weights=None, backbone=THIN):
-    """Converts a file of the thin network, or of another."""
+    """Converts a file of the thin network, or of a given one."""
     return convert_official_checkpoint(file, weights, backbone)
 
 
 @pytest.fixture(scope='module')
 def thin():
-    """The state dict of a thin network, its values all different from initial ones."""
+    """The state dict of a thin network, with values that all differ from initial ones."""
     torch.manual_seed(0)
     model = build(THIN)
     for tensor in model.state_dict().values():
@@ -144,7 +144,7 @@ def test_other_models_are_named_by_a_config(config):
     assert report.released is report.config is None
     assert report.backbone == config
     assert 'no released model' in str(report)
-    # Which network it is stays in the file.
+    # The file keeps the network's config.
     back, report = to_official_checkpoint(converted)
     assert list(back['model']) == list(state) and report.backbone == config
 
@@ -199,13 +199,13 @@ def test_the_average_is_taken_unless_told_otherwise(thin):
         convert(file, weights='ema')
     with pytest.raises(ValueError, match="holds, nothing, got 'model'"):
         convert(thin, weights='model')
-    # Training without an average leaves the entry empty.
+    # Without a moving average the entry is empty.
     assert convert(dict(file, model_ema=None))[1].container == 'model'
 
 
 @pytest.mark.parametrize('prefix', ['', 'module.'])
 def test_a_detector_and_back(thin, prefix):
-    backbone = classifier(thin)  # the authors' detectors carry it along
+    backbone = classifier(thin)  # the authors' detectors contain it too
     state = prefixed(prefix, {**prefixed('backbone.', backbone), **NECK})
     file = dict(meta=dict(CLASSES=CLASSES, PALETTE=[(1, 2, 3), (4, 5, 6)], epoch=12),
                 state_dict=state, optimizer=dict(state={}))
@@ -256,7 +256,7 @@ def test_norms_of_the_outputs_come_and_go(convnext):
     assert set(back['model']) == set(convnext) and not report.dropped
     assert report.kept == tuple(norms)
     assert 'no longer 1 and 0' in str(report)
-    # And such a file is read as well.
+    # Such a file can be read, too.
     again, report = convert(back, backbone=CONVNEXT)
     assert_same(again['state_dict'], converted['state_dict'])
     assert not report.added

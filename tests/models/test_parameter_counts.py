@@ -16,7 +16,7 @@ def resnet(depth, **kwargs):
 
 def convnext(**kwargs):
     backbone = KWConvNeXt('tiny', **kwargs)
-    for i in range(3):  # the classifier has one norm, a detector one for each output
+    for i in range(3):  # a classifier has one norm, a detector one for each output
         delattr(backbone, f'norm{i}')
     return [backbone, nn.Linear(768, CLASSES)]
 
@@ -43,7 +43,7 @@ def budget(ratio, **kwargs):
 
 @pytest.mark.parametrize('build, millions', [
     (lambda: resnet(18, static=True), '11.69'),
-    # The table's 4.08M is not what the authors' code builds.
+    # The table says 4.08M, but the authors' code builds this.
     (lambda: resnet(18, **budget(1 / 4, **HALF_PLANES)), '4.03'),
     (lambda: resnet(18, **budget(1 / 2, **HALF_PLANES)), '7.43'),
     (lambda: resnet(18, **budget(1)), '11.93'),

@@ -1,4 +1,4 @@
-"""KWResNet: placement of its warehouses, and as mmdet uses it."""
+"""KWResNet: placement of its warehouses, and its use in mmdet."""
 import copy
 
 import pytest
@@ -15,7 +15,7 @@ from kw_mm.models.backbones import base
 
 @pytest.fixture(scope='module')
 def small():
-    """A thin network: cheap, with every kind of layer."""
+    """A thin network with every kind of layer."""
     torch.manual_seed(0)
     return KWResNet(50, base_channels=8, kw_cfg=dict(cell_num_ratio=2))
 
@@ -34,7 +34,7 @@ def test_placement_and_hand_over(small):
 
 
 def test_dilation_and_avg_down_keep_the_hand_over():
-    # The authors test the block's stride, which dilation replaces by 1.
+    # The authors' code looks at the block's stride, which is 1 with dilation.
     model = KWResNet(50, base_channels=8, strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4),
                      avg_down=True, deep_stem=True)
     layers = model.plan.layers
@@ -88,8 +88,8 @@ def test_frozen_stages_and_train_mode(small):
 
 
 def test_norms_of_new_attentions_settle_where_norms_stay_in_evaluation(monkeypatch):
-    # With norm_eval they had mean 0 and variance 1 for ever: a third of the hidden units was 0 for
-    # every image, or for none.
+    # With norm_eval they kept mean 0 and variance 1 forever, so a third of the hidden units were 0
+    # for all images or for none.
     monkeypatch.setattr('kw_mm.layers.attention.SETTLING_BATCHES', 3)
     torch.manual_seed(0)
     model = KWResNet(18, base_channels=8, frozen_stages=1, norm_eval=True).train()
@@ -119,7 +119,7 @@ def test_norms_of_new_attentions_settle_where_norms_stay_in_evaluation(monkeypat
         norm.register_forward_hook(lambda module, args, out: hidden.append(out))
         for batch in images[:3]:
             model.eval()(batch)
-        # The second was still fed by others that were settling.
+        # The inputs of the second still changed while earlier norms were settling.
         assert 0.3 < torch.cat(hidden).std(0).mean() < 3
         hidden.clear()
 

@@ -153,7 +153,7 @@ def test_mmsegs_dilated_resnet(tmp_path, budget):
 
 
 def torchvision_convnext(state):
-    """The keys of torchvision.models.convnext, by hand for depths (1, 1)."""
+    """The keys of torchvision.models.convnext, written by hand for depths (1, 1)."""
     names = {'downsample_layers.0.0': 'features.0.0', 'downsample_layers.0.1': 'features.0.1',
              'downsample_layers.1.0': 'features.2.0', 'downsample_layers.1.1': 'features.2.1'}
     for stage, feature in ((0, 1), (1, 3)):
@@ -171,7 +171,7 @@ def torchvision_convnext(state):
 
 
 def official_convnext(state):
-    """Linear pointwise layers, gamma of one dimension, a last norm and no norms of outputs."""
+    """Linear pointwise layers, one-dimensional gamma, a last norm and no norms of outputs."""
     return {'norm.weight': torch.ones(32), 'head.weight': torch.ones(3, 32)} | {
         key: value.flatten(1) if 'pwconv' in key and value.dim() == 4 else value.flatten()
         if key.endswith('gamma') else value for key, value in state.items()
@@ -225,7 +225,7 @@ def test_ambiguous_tables_are_told():
 
 
 class Drawing(nn.Sequential):
-    """Draws weights anew when mmengine comes to it."""
+    """Draws new weights when mmengine initialises it."""
 
     def init_weights(self):
         for module in self.modules():
@@ -255,7 +255,7 @@ ZEROS = [dict(type='Constant', val=0, layer=['Conv2d', 'Linear', '_BatchNorm', '
 
 
 def listed(start, order):
-    """A start among other initialisers."""
+    """A static start among other initialisers."""
     return dict(first=[start, *ZEROS], last=[*ZEROS, start],
                 between=[*ZEROS[:2], start, *ZEROS[2:]], tuple=(start, *ZEROS))[order]
 
@@ -264,7 +264,7 @@ def listed(start, order):
 @pytest.mark.parametrize('kind', ['StaticPretrained', 'mmengine.StaticPretrained',
                                   StaticPretrained])
 def test_the_start_comes_after_all_other_initialisers(tmp_path, order, kind):
-    # Those behind it in the list drew its static layers and attentions anew: error 0.45.
+    # Initialisers behind it in the list replaced its static layers and attentions: error 0.45.
     static = static_twin(KWResNet)
     torch.save(static.state_dict(), tmp_path / 'static.pth')
     init_cfg = listed(dict(type=kind, checkpoint=str(tmp_path / 'static.pth')), order)
@@ -273,10 +273,10 @@ def test_the_start_comes_after_all_other_initialisers(tmp_path, order, kind):
         model.init_weights()
         assert model.is_init and list(model.init_cfg) == list(init_cfg)
         assert same(model.eval(), static)
-        # A start leaves the first layer and norm of an attention as they are: not dead, here.
+        # A start keeps the first layer and norm of an attention, which must not be all zero.
         assert all(m.norm1.weight.abs().min() > 0 and 0 < m.fc1.weight.std() < 0.5
                    for m in model.modules() if isinstance(m, Attention))
-        # mmengine: "called more than once", and nothing happens.
+        # mmengine warns "called more than once" and does nothing.
         weight = model.conv1.weight.detach().clone()
         nn.init.constant_(model.conv1.weight, 2)
         model.init_weights()
@@ -399,7 +399,7 @@ def test_a_file_cannot_run_code(tmp_path, capsys):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Torch's folder, and what would be downloaded into it."""
+    """Torch's folder, and the downloads into it, which are replaced."""
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
     fetched = []
 
@@ -418,7 +418,7 @@ def test_torchvision_names_need_no_torchvision(tmp_path, hub):
     assert hub == [('https://download.pytorch.org/models/resnet50-0676ba61.pth', '0676ba61')]
     locate_checkpoint('https://example.org/a/net.pth?download=true')
     assert hub[1:] == [('https://example.org/a/net.pth?download=true', None)]
-    # A date tells as little of the content as any other name.
+    # A date does not identify the content.
     locate_checkpoint('https://example.org/net-20240131.pth')
     assert hub[2:] == [('https://example.org/net-20240131.pth', None)]
     assert locate_checkpoint('weights/net.pth') == 'weights/net.pth'
@@ -432,7 +432,7 @@ def test_files_of_one_name_are_kept_apart(hub):
     assert len(set(files)) == 3 and {Path(file).name for file in files} == {'net.pth'}
     assert [locate_checkpoint(url) for url in urls] == files
     assert [url for url, _ in hub] == urls
-    # With its hash in the name a file is the same wherever it comes from.
+    # A file with its hash in the name is the same from any URL.
     first, second = (locate_checkpoint(f'https://{host}.org/net-0676ba61.pth') for host in 'ab')
     assert first == second and len(hub) == 4
 
@@ -442,7 +442,7 @@ def test_other_processes_wait_for_the_first(hub, monkeypatch):
     monkeypatch.setattr(checkpoint_names, 'get_rank', lambda: 1)
     monkeypatch.setattr(checkpoint_names, 'barrier', lambda: order.append(len(hub)))
     locate_checkpoint('https://example.org/net.pth')
-    assert order == [0] and len(hub) == 1  # with a disk of its own it fetches afterwards
+    assert order == [0] and len(hub) == 1  # a process with another disk downloads afterwards
 
 
 def test_open_mmlab_names(hub, monkeypatch, tmp_path):
@@ -465,7 +465,7 @@ def test_unknown_names_are_told(name, message):
 
 
 def test_a_machine_without_a_network(tmp_path, monkeypatch):
-    # It ended in a bare URLError.
+    # It used to end in a bare URLError.
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
 
     def download(*args, **kwargs):

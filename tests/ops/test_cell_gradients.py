@@ -1,4 +1,4 @@
-"""Collected gradients of cells are the ordinary ones, whatever happens around them."""
+"""Collected gradients of cells equal ordinary ones in every situation."""
 import copy
 import gc
 import weakref
@@ -33,7 +33,7 @@ def collected(alpha, cells, *use):
 
 
 def loss(cells, alphas, assemble=collected):
-    """Not linear in the kernels, so that the order of everything counts."""
+    """Not linear in the kernels, so that any confusion changes the result."""
     return sum(assemble(alpha, cells, *use).sin().pow(2).sum()
                for alpha, use in zip(alphas, USES))
 
@@ -52,7 +52,7 @@ def seed():
        rows_first=st.booleans(), width=st.sampled_from([3, 256]))
 def test_the_gradient_of_shared_cells_is_the_sum(batch, uses, rows_first, width):
     cells = nn.Parameter(torch.randn(5, 2, width, 1, 1, dtype=torch.float64))
-    if rows_first:  # as inference leaves them
+    if rows_first:  # as inference stores them
         cells.data = cells.data.transpose(0, 1).contiguous().transpose(0, 1)
     alphas = [torch.randn(batch, *make_alphas()[use].shape[1:], dtype=torch.float64,
                           requires_grad=True) for use in uses]
@@ -66,7 +66,7 @@ def test_the_gradient_of_shared_cells_is_the_sum(batch, uses, rows_first, width)
 
 @pytest.mark.parametrize('shape', [(2, 2, 256, 1, 1), (2, 128, 128, 1, 1)])
 def test_an_empty_batch_of_large_cells(shape):
-    # Sums in parts could not tell the shape of a part from no numbers.
+    # Summing in parts failed where there are no numbers.
     cells = nn.Parameter(torch.randn(*shape))
     alpha = torch.randn(0, 1, 2, requires_grad=True)
     collected(alpha, cells, (1, 1, 1), (1, 1)).sum().backward()
@@ -84,7 +84,7 @@ def test_backward_accumulates_into_the_parameter():
 
 
 def test_a_pass_for_other_gradients_leaves_nothing_behind():
-    # Factors left by the first pass would have been counted again in the second.
+    # Factors of the first pass would have been counted again in the second.
     cells, alphas = make_cells(), make_alphas()
     x = torch.randn(3, requires_grad=True, dtype=torch.float64)
     total = loss(cells, [alpha * x.view(3, 1, 1) for alpha in alphas])
@@ -101,7 +101,7 @@ def num_tensors():
 
 
 def test_a_pass_for_other_gradients_keeps_no_memory():
-    # Nobody comes for its factors: they would have piled up for as long as the graph lives.
+    # Its factors are never fetched, and would have accumulated while the graph exists.
     cells, alphas = make_cells(), make_alphas()
     total = loss(cells, alphas)
     counts = []
@@ -121,7 +121,7 @@ def test_two_passes_over_one_graph():
 
 
 def test_parts_of_a_graph_have_passes_of_their_own():
-    # A collector that waited for all uses would give the first pass nothing.
+    # A collector that waited for all uses would return nothing in the first pass.
     cells, alphas = make_cells(), make_alphas()
     kernels = [collected(alpha, cells, *use) for alpha, use in zip(alphas, USES)]
     parts = [torch.autograd.grad(kernel.sin().sum(), cells)[0] for kernel in kernels]
@@ -141,7 +141,7 @@ def test_second_derivatives():
 
 
 def test_gradgradcheck():
-    # By finite differences, of cells that are changed in place between evaluations.
+    # By finite differences, for which cells are changed in place.
     cells, alpha = make_cells(), make_alphas(2)[1]
 
     def f(alpha, cells):
@@ -152,7 +152,7 @@ def test_gradgradcheck():
 
 
 def test_a_penalty_on_the_gradient_of_the_input():
-    # alpha's gradient alone is asked for, with a graph that leads to the cells.
+    # Only alpha's gradient is computed, with a graph that leads to the cells.
     def penalty(assemble):
         grads = torch.autograd.grad(loss(cells, alphas, assemble), alphas, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in grads), cells)
@@ -168,7 +168,7 @@ def test_cells_that_are_also_used_directly():
     cells, alphas = make_cells(), make_alphas()
     expected = torch.autograd.grad(direct(assemble_kernel), cells)
     check(torch.autograd.grad(direct(collected), cells), expected)
-    # What the collector returned is a tensor like any other, too.
+    # The collector's result can be used like any tensor.
     check(torch.autograd.grad(direct(collected, collect_gradients), cells), expected)
 
 
@@ -196,7 +196,7 @@ def test_cells_that_are_frozen_and_thawed_while_a_graph_is_alive():
 
 
 def test_cells_of_another_origin_are_not_collected():
-    # Only of a parameter is it certain that nobody asks for the gradient on the way.
+    # Only for a parameter is it certain that nobody needs an intermediate gradient.
     cells = make_cells() * 2
     assert collect_gradients(cells) is cells
 
@@ -219,7 +219,7 @@ class Fails(torch.autograd.Function):
 
 @pytest.mark.parametrize('same_graph', [True, False])
 def test_after_a_pass_that_failed(same_graph, monkeypatch):
-    # Two layers have left their factors when the third fails.
+    # Two layers have stored their factors when the third fails.
     cells, alphas = make_cells(), make_alphas()
 
     def chain():
@@ -296,7 +296,7 @@ def test_function_transforms():
     cells, alphas = make_cells(), make_alphas()
     expected, = torch.autograd.grad(loss(cells, alphas, assemble_kernel), cells)
     check(torch.func.grad(loss)(cells, alphas), expected)
-    # Of a parameter that the function closes over.
+    # For a parameter that the function closes over.
     check(torch.func.grad(lambda alpha: loss(cells, [alpha, *alphas[1:]]))(alphas[0]),
           torch.autograd.grad(loss(cells, alphas, assemble_kernel), alphas[0])[0])
     batches = torch.stack([alphas[0], 2 * alphas[0]])
@@ -305,7 +305,7 @@ def test_function_transforms():
 
 
 def test_a_change_of_dtype_while_a_graph_is_alive():
-    # The collector of the old dtype would be found, for the parameter is the same object.
+    # The collector of the old dtype would be found, because the parameter is the same object.
     module = nn.Module()
     module.cells, alphas = make_cells(), make_alphas()
     old = loss(module.cells, alphas)
@@ -320,7 +320,7 @@ def test_a_change_of_dtype_while_a_graph_is_alive():
 
 @pytest.mark.parametrize('amp', [False, True])
 def test_new_memory_while_a_graph_is_alive(amp):
-    # As ``.to()`` gives it, and a swap of weights; the version of the parameter stays.
+    # As ``.to()`` and a swap of weights do; the version of the parameter stays the same.
     cells, alphas = make_cells(torch.float32), make_alphas(dtype=torch.float32)
     with torch.autocast('cpu', torch.bfloat16, enabled=amp):
         old = loss(cells, alphas)
@@ -419,7 +419,7 @@ def gradients(net, total):
 @pytest.mark.parametrize('use_reentrant', [False, True])
 @pytest.mark.parametrize('amp', [False, True])
 def test_activation_checkpointing(use_reentrant, amp):
-    # A pass within the pass, through cells that a layer outside of it uses as well.
+    # A backward pass within another one, through cells that a layer outside of it also uses.
     net = Net().eval()
     x = torch.randn(3, 4, 5, 6, requires_grad=True)
 
@@ -435,7 +435,7 @@ def test_activation_checkpointing(use_reentrant, amp):
 
 
 def test_checkpointed_layers_share_one_copy_of_the_cells():
-    # What checkpointing does not save was gone after each layer, and each had a copy of its own.
+    # Checkpointing freed the collector after each layer, so each layer made its own copy.
     cells = nn.Parameter(torch.randn(5, 2, 256, 1, 1))
     alphas, counts = make_alphas(dtype=torch.float32) * 2, []
     kernels = []

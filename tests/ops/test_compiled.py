@@ -1,5 +1,5 @@
-"""The compiled products equal torch's own, write all that is theirs and nothing else, and read no
-memory that is not as they expect it."""
+"""The compiled products equal torch's, write exactly their results, and check memory before they
+read it."""
 import math
 import platform
 import shutil
@@ -15,7 +15,7 @@ from kw_mm import ops
 from kw_mm.ops import compiled, layout, operators, reference
 
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
-# All that this machine takes, not the best alone.
+# All that this machine supports, not only the best.
 SETS = list(compiled.INSTRUCTION_SETS)
 SETS = SETS[SETS.index(CAPABILITY):] if CAPABILITY in SETS else []
 
@@ -36,12 +36,12 @@ def few_threads():
 
 @pytest.mark.skipif(platform.machine() != 'x86_64' or not SETS, reason='written for such CPUs')
 def test_this_environment_has_them():
-    # Else every other test would be of torch's products.
+    # Otherwise all other tests would test torch's products.
     assert compiled.instruction_set() == CAPABILITY
 
 
 def strided(draw, *shape):
-    """Random numbers of a shape, a view into NaN; the last dimension is in order."""
+    """Random numbers in a view into NaN, whose last dimension is contiguous."""
     gaps = [draw(st.integers(0, 3)) for _ in shape]
     space = torch.full([size + gap for size, gap in zip(shape, gaps)], math.nan)
     view = space[tuple(slice(gap, None) for gap in gaps)]
@@ -49,7 +49,7 @@ def strided(draw, *shape):
 
 
 def anyhow(draw, *shape):
-    """The same in any strides: steps, another order of dimensions, rows that are one row."""
+    """The same with any strides: steps, another order of dimensions, expanded rows."""
     kind = draw(st.sampled_from(['rows', 'steps', 'permuted', 'expanded']))
     if kind == 'rows':
         return strided(draw, *shape)[1]
@@ -64,7 +64,7 @@ def anyhow(draw, *shape):
 
 
 def close(actual, exact, terms):
-    """As close to the exact result as sums of so many terms in single precision have to be."""
+    """As close to the exact result as sums of so many terms in single precision must be."""
     torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-6 * math.sqrt(terms + 1))
 
 
@@ -92,7 +92,7 @@ def test_mixtures(data, num_blocks, rows, num_cells, width, threads, by_block, s
             patch.setattr(compiled, '_num_threads', lambda work: threads)
             compiled.mix_blocks(alpha, blocks, out, index, scales)
         close(out, exact, num_cells)
-        # All of the result is written and nothing beside it.
+        # The whole result is written, and nothing else.
         assert space.isnan().sum() == num_gaps
 
 
@@ -114,7 +114,7 @@ def test_sums_of_products(data, rows, num_cells, size, threads):
 
 
 def test_rows_in_several_dimensions(instruction_set):
-    # As kernels have them: (N, OG, c_out, S, IG, c_in), c_out of them a block each.
+    # In the order of kernels, (N, OG, c_out, S, IG, c_in), with one block for each c_out.
     torch.manual_seed(0)
     alpha, blocks = torch.randn(2 * 3 * 2 * 2, 5), torch.randn(4, 5, 17)
     kernel = torch.full((2, 2, 4, 3, 2, 17), math.nan)
@@ -142,14 +142,14 @@ def test_an_index_out_of_range_is_refused():
                             torch.tensor([0, 5]))
 
 
-# Kernels, with the compiled products beside those of torch.
+# Kernels from the compiled products and from torch's.
 
 def single(*shape):
     return torch.randn(*shape, requires_grad=True)
 
 
 def errors(function, twin, inputs, *rest):
-    """Distances of outputs and gradients from a twin in double precision, relative."""
+    """Relative errors of outputs and gradients, from a twin in double precision."""
     twice = [t.detach().double().requires_grad_() for t in inputs]
     out, exact = function(*inputs, *rest), twin(*twice, *rest)
     weights = torch.randn_like(exact)
@@ -175,7 +175,7 @@ def calls(monkeypatch):
 
 
 KERNELS = [
-    # A cell is a piece of a kernel's channels, with a position of its own; or all positions.
+    # A cell covers some channels of a kernel, at one position or at all.
     ((32, 12, 32, 1, 1), (9, 2, 2), (3, 3)), ((5, 8, 48, 1, 1), (1, 1, 3), (1, 1)),
     ((5, 8, 48, 1, 1), (1, 3, 1), (1, 1)), ((4, 6, 5, 3, 3), (1, 2, 2), (3, 3)),
     ((4, 24, 1, 5, 5), (1, 2, 1), (5, 5)), ((32, 3, 24, 1), (5, 1, 1), (5,)),
@@ -214,7 +214,7 @@ def test_assembly_of_any_geometry(g):
 @given(data=st.data(), g=geometries(), scaled=st.booleans(), rows_first=st.booleans())
 def test_kernels_of_any_strides(data, g, scaled, rows_first):
     torch.manual_seed(0)
-    # Kernels of layers that read through folded norms, from cells stored as inference leaves them.
+    # Kernels of layers with folded norms, from cells as inference stores them.
     grid, cell = g['grid'], (6, 16 * g['cell_shape'][1], *g['cell_shape'][2:])
     alpha = anyhow(data.draw, g['batch'], math.prod(grid), g['num_cells'])
     cells = torch.randn(g['num_cells'], *cell)
@@ -233,8 +233,8 @@ def test_kernels_of_any_strides(data, g, scaled, rows_first):
 @settings(deadline=None, max_examples=100)
 @given(data=st.data(), g=geometries())
 def test_gradients_of_kernels_of_any_strides(data, g):
-    # One of rows that were no rows was read as if they were: gradients wrong by as much as they
-    # are large, and of an expanded one numbers from beyond its memory.
+    # A gradient without contiguous rows was read as if it had them: gradients had errors as large
+    # as themselves, and for an expanded one memory beyond it was read.
     torch.manual_seed(0)
     grid, cell = g['grid'], (4, 16 * g['cell_shape'][1], *g['cell_shape'][2:])
     alpha = anyhow(data.draw, g['batch'], math.prod(grid), g['num_cells'])
@@ -253,7 +253,7 @@ def test_gradients_of_kernels_of_any_strides(data, g):
 @pytest.mark.parametrize('batch', [0, 1, 3])
 def test_bases_in_single_precision(batch, calls):
     torch.manual_seed(0)
-    # Two output channels of three positions, which have mixtures of their own.
+    # Two output channels and three positions, each with its own mixtures.
     mixtures = torch.tensor([0, 1, 2, 0, 1, 2])
     hidden, norms = torch.randn(batch, 4).relu(), torch.rand(batch, 3) + 1
     bases = torch.randn(len(mixtures), 5, 33)
@@ -303,12 +303,12 @@ def test_without_a_compiler_torch_serves(monkeypatch, tmp_path, fresh_library):
 
 @pytest.mark.skipif(not SETS, reason='nothing is compiled for such CPUs')
 def test_what_was_compiled_from_another_source_is_refused(monkeypatch, tmp_path, fresh_library):
-    # After an update without a reinstall a structure that had changed was corrupted memory.
+    # After an update without a reinstall, a changed structure corrupted memory.
     here = Path(compiled.__file__)
     for file in here.parent.glob('_cpu_*.so'):
         shutil.copy(file, tmp_path)
     source = (here.parent / 'cpu.cpp').read_bytes()
-    # Ends of lines are no change.
+    # Line endings do not matter.
     (tmp_path / 'cpu.cpp').write_bytes(source.replace(b'\n', b'\r\n'))
     without_library(monkeypatch, tmp_path / 'compiled.py')
     assert compiled.instruction_set() == CAPABILITY

@@ -1,4 +1,4 @@
-"""Memory for kernels is handed out again, but never while anybody still holds it."""
+"""Memory for kernels is reused, but never while it is still referenced."""
 import gc
 import math
 
@@ -26,7 +26,7 @@ def test_memory_is_used_again():
     assert first.shape == SHAPE and first.is_contiguous() and first.dtype == torch.float32
     where = address(first)
     del first
-    # A smaller tensor of another dtype finds room in it as well.
+    # A smaller tensor of another dtype also fits.
     again = memory.reused_empty((2 * SHAPE[1],), torch.bfloat16)
     assert address(again) == where
 
@@ -34,7 +34,7 @@ def test_memory_is_used_again():
 @pytest.mark.parametrize('hold', [lambda t: t, lambda t: t[1:], lambda t: t.detach(),
                                   lambda t: t.view(torch.int32), lambda t: [t.transpose(0, 1)]])
 def test_held_memory_is_not(hold):
-    # A workspace that belonged to the model was: a traced graph kept it as a constant.
+    # A traced graph kept a workspace of the model as a constant.
     tensor = memory.reused_empty(SHAPE, torch.float32).fill_(1)
     where, held = address(tensor), hold(tensor)
     del tensor
@@ -81,7 +81,7 @@ def test_inference_tensors_stay_in_inference():
     with torch.inference_mode():
         memory.reused_empty(SHAPE, torch.float32)
     assert len(memory._free) == 1
-    # In memory of an inference tensor this would be refused.
+    # torch would refuse this in the memory of an inference tensor.
     memory.reused_empty(SHAPE, torch.float32).fill_(1).requires_grad_().sum().backward()
 
 

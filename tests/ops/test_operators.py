@@ -25,7 +25,7 @@ def multiplies_halves():
         return False
 
 
-# Grid, kernel size, shape of the cells: positions in the grid, in the cells, in neither.
+# Grid, kernel size, shape of the cells: positions are in the grid, in the cells, or absent.
 SIZES = {
     'spatial': ((9, 2, 1), (3, 3), (3, 2, 4, 1, 1)),
     'whole': ((1, 1, 2), (3, 3), (3, 2, 4, 3, 3)),
@@ -58,7 +58,8 @@ def bases_inputs(dtype=torch.float64):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 @pytest.mark.parametrize('case', SIZES)
 def test_the_dispatcher_s_own_checks(case, dtype):
-    # The schema, shapes and strides of fakes, autograd, a compiler with static and dynamic sizes.
+    # Tests of the schema, shapes and strides of fakes, autograd, and compilation with static and
+    # dynamic sizes.
     (alpha, cells), sizes = inputs(case, dtype)
     pieces = cut_kernel(ops.assemble_kernel(alpha, cells, *sizes).detach(), sizes[0],
                         cells.shape[1:]).requires_grad_()
@@ -124,8 +125,8 @@ def test_kernels_lie_in_memory_as_compilers_expect(g, scaled, dtype, compiled):
 @pytest.mark.skipif(not multiplies_halves(), reason='this torch multiplies no halves on CPUs')
 @pytest.mark.parametrize('dtype', [torch.float16, torch.float32])
 def test_both_dtypes_of_a_mixed_product(dtype):
-    # Mixing weights stay single where cells are half: so do their gradients, which sum up to more
-    # than half precision holds.
+    # With cells in half precision, mixing weights and their gradients stay single, because these
+    # sums exceed the range of half precision.
     alpha = torch.rand(1, 2, 6, requires_grad=True)
     cells = torch.rand(6, 32, 64, 1, 1, dtype=dtype).half().to(dtype).requires_grad_()
     kernel = ops.assemble_kernel(alpha, cells, (1, 2, 1), (1, 1), dtype=torch.float16)
@@ -137,8 +138,8 @@ def test_both_dtypes_of_a_mixed_product(dtype):
 
 
 def test_factors_of_another_dtype():
-    # A norm's factors stay single under autocast. Kernels then came out in single too, not as
-    # compilers expect, and their gradients were none that the product with half cells took.
+    # A norm's factors stay single under autocast. Kernels then became single too, which compilers
+    # did not expect, and their gradients did not match half cells.
     (alpha, cells, scale), sizes = inputs('spatial', torch.float32, scaled=True)
     half = cells.detach().bfloat16().requires_grad_()
     kernel = ops.assemble_kernel(alpha, half, *sizes, scale)
@@ -153,7 +154,7 @@ def test_factors_of_another_dtype():
         torch.testing.assert_close(actual.float(), expected, rtol=0.05, atol=0.2)
 
 
-# Who watches.
+# Transforms, modes and counters.
 
 def layer_loss(alpha, cells, case='spatial'):
     return ops.assemble_kernel(alpha, cells, *SIZES[case][:2]).sin().sum()
@@ -188,7 +189,7 @@ def test_function_transforms():
     torch.testing.assert_close(torch.func.grad(layer_loss, (0, 1))(alpha, cells), expected)
     torch.testing.assert_close(torch.func.vjp(layer_loss, alpha, cells)[1](
         torch.ones((), dtype=alpha.dtype)), expected)
-    # One gradient for each sample, of what they share too.
+    # One gradient for each sample, also of shared tensors.
     each = torch.func.vmap(torch.func.grad(layer_loss, (0, 1)), (0, None))(alpha[:, None], cells)
     torch.testing.assert_close(each[0].flatten(0, 1), expected[0])
     torch.testing.assert_close(each[1].sum(0), expected[1])

@@ -13,7 +13,7 @@ from kw_mm.ops import convolution, products, reference
 
 
 def by_rows(cells):
-    """The same cells, stored row by row as inference leaves them."""
+    """The same cells, stored row by row as for inference."""
     return cells.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
 
 
@@ -41,7 +41,7 @@ def test_assembly_in_blocks(g, width, sum_width, rows_first, function):
               g['grid'], g['kernel_size'])
 
 
-# The first two are as large as cells in blocks are; rows of the second need no neighbours.
+# The first two are large enough for blocks; in the second, a row is a block of its own.
 @pytest.mark.parametrize('shape, grid, kernel_size', [
     ((3, 128, 128, 1, 1), (2, 1, 1), (1, 2)), ((2, 16, 1024, 1, 1), (1, 2, 1), (1, 1)),
     ((2, 43, 43, 3, 3), (1, 1, 1), (3, 3)), ((2, 127, 128, 1, 1), (1, 1, 2), (1, 1))])
@@ -59,7 +59,7 @@ def test_assembly_of_large_cells(shape, grid, kernel_size, rows_first, function)
 def test_cutting_is_the_inverse_of_assembly(g):
     torch.manual_seed(0)
     num_mixtures = math.prod(g['grid'])
-    # One cell for each mixture, so that the mixtures are known.
+    # One cell for each mixture, so that the result is known.
     cells = torch.randn(num_mixtures, *g['cell_shape'])
     alpha = torch.eye(num_mixtures).expand(g['batch'], -1, -1)
     kernel = ops.assemble_kernel(alpha, cells, g['grid'], g['kernel_size'])
@@ -88,7 +88,7 @@ def test_bases_give_the_kernels_of_the_attention(g, batch, hidden, scaled, dead,
         num_mixtures, g['num_cells'] + 1)
     cells = leaf(g['num_cells'], *g['cell_shape'])
     scale = leaf(grid[1] * g['cell_shape'][0]) if scaled else None
-    # Before the ReLU; none of it is where that has no derivative.
+    # Values before the ReLU, none of which is 0.
     before = leaf(batch, hidden).detach().abs() + 0.1
     if dead != 'none':
         before[torch.rand_like(before) < (0.5 if dead == 'some' else 2)] *= -1
@@ -118,7 +118,7 @@ def test_bases_give_the_kernels_of_the_attention(g, batch, hidden, scaled, dead,
 
 # Convolution.
 
-# Bounds in which each of the paths for several samples is taken, where its geometry allows it.
+# Limits with which each path for several samples is taken, if the geometry allows it.
 BOUNDS = dict(im2col=dict(IM2COL_POSITIONS=10**9, GROUPED_POSITIONS=0),
               sample_by_sample=dict(IM2COL_POSITIONS=0, GROUPED_POSITIONS=10**9),
               grouped=dict(IM2COL_POSITIONS=0, GROUPED_POSITIONS=0))
@@ -221,7 +221,7 @@ def test_padding_by_name(padding, bounds, batch, monkeypatch):
 
 
 def test_the_bounds_choose_different_paths(monkeypatch):
-    # Or the tests above would compare one path with the reference again and again.
+    # Otherwise the tests above might all test the same path.
     x, kernel = torch.randn(2, 4, 6, 6), torch.randn(2, 4, 4, 3, 3, requires_grad=True)
     geometry = (1, 1), (1, 1), (1, 1), 1
     chosen = set()
@@ -229,7 +229,7 @@ def test_the_bounds_choose_different_paths(monkeypatch):
         for name, value in bounds.items():
             monkeypatch.setattr(convolution, name, value)
         chosen.add(convolution.choose_path(x, kernel, *geometry))
-        # Without a gradient the grouped convolution has no use.
+        # Without gradients the grouped convolution is not used.
         assert convolution.choose_path(x, kernel.detach(), *geometry) is not convolution._grouped
     chosen.add(convolution.choose_path(x[:1], kernel[:1], *geometry))
     chosen.add(convolution.choose_path(x[:0], kernel[:0], *geometry))

@@ -1,4 +1,4 @@
-"""The reference by hand: numbers written out, so that what the fast paths are held to is right."""
+"""The reference, to which fast paths are compared, equals numbers computed by hand."""
 import torch
 
 from kw_mm.ops import reference
@@ -28,7 +28,7 @@ def test_kernel_of_two_mixtures_and_two_cells():
 
 
 def test_rows_are_ordered_position_then_out_group_then_in_group():
-    # One distinct cell per mixture, holding the mixture's number.
+    # One cell per mixture, filled with the mixture's number.
     cells = torch.arange(12.).view(12, 1, 1, 1, 1)
     kernel = reference.assemble_kernel(torch.eye(12)[None], cells, (3, 2, 2), (1, 3))
     for position in range(3):

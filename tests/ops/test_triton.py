@@ -22,7 +22,7 @@ HAS_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8
 
 
 def run(arguments: list[str], tmp_path: Path, interpret: bool, **variables: str) -> None:
-    """Runs python in a new process; all it wrote is shown if it fails."""
+    """Runs python in a new process; its output is shown if it fails."""
     environment = {**os.environ, 'TRITON_INTERPRET': str(int(interpret)), 'OMP_NUM_THREADS': '1',
                    'TRITON_CACHE_DIR': str(tmp_path), 'PYTHONPATH': str(HERE.parents[1]),
                    **variables}
@@ -67,7 +67,7 @@ assert 'torch._dynamo' not in sys.modules
 
 @pytest.mark.parametrize('wanted', ['0', '1'])
 def test_the_switch_in_the_environment(tmp_path: Path, wanted: str) -> None:
-    # What GPUs compute, asked for with tensors of which Triton takes none: said once, if at all.
+    # The implementations for GPUs with tensors that Triton cannot take: at most one warning.
     run(['-c', f"""
 import warnings
 import torch

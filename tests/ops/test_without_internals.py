@@ -1,4 +1,4 @@
-"""torch without what has no public name: slower paths, the same numbers, one line in the log."""
+"""Without torch's internal functions: slower paths, the same numbers, one line in the log."""
 import os
 import subprocess
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-# Run in a new process, for the operators are registered once, at import.
+# Runs in a new process, because operators are registered once, at import.
 SCRIPT = """
 import contextlib
 import copy

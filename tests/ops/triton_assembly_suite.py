@@ -58,7 +58,7 @@ def inputs(case, dtype=torch.float64):
 
 
 def few(case):
-    """As ``inputs``, of one sample and few small cells."""
+    """Like ``inputs``, for one sample and few small cells."""
     (alpha, cells), sizes = inputs(case)
     return [t.detach().clone().requires_grad_() for t in (alpha[:1, :, :2], cells[:2, :2, :3])
             ], sizes
@@ -84,7 +84,7 @@ def test_parity(case, launches):  # noqa: F811
 
 @pytest.mark.parametrize('case', ['many rows and cells', 'many columns'])
 def test_programs_with_several_tiles(case, monkeypatch):
-    # As with large layers, which would take too long.
+    # As for large layers, which would take too long here.
     monkeypatch.setattr(triton_assembly, 'NUM_PROGRAMS', 2)
     check_assembly(*inputs(case))
 
@@ -123,8 +123,8 @@ def test_precision_of_the_functions(case, alpha_dtype, dtype, launches):  # noqa
 
 @pytest.mark.parametrize('dtype', DTYPES[1:])
 def test_both_dtypes_of_a_mixed_product(dtype, launches):  # noqa: F811
-    # Mixing weights stay single where cells are half: so do their gradients, which sum up to more
-    # than half precision holds.
+    # With cells in half precision, mixing weights and their gradients stay single, because these
+    # sums exceed the range of half precision.
     alpha, cells = leaf(1, 2, 6, dtype=torch.float32), leaf(6, 32, 64, 1, 1, dtype=dtype)
     kernel = ops.assemble_kernel(alpha, cells, (1, 2, 1), (1, 1))
     assert kernel.dtype == dtype
@@ -149,15 +149,15 @@ def test_autocast_as_for_a_product(case, dtype, launches):  # noqa: F811
     assert all(g.dtype == torch.float32 for g in gradients(out, torch.ones_like(out), leaves))
     assert launches == dict.fromkeys(KERNELS, 1)
     check_precision(under_autocast, leaves)
-    # float64 is left alone, as by torch's products.
+    # float64 stays float64, as in torch's products.
     leaves, sizes = inputs(case)
     assert under_autocast(*leaves).dtype == torch.float64
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
 def test_scaled_kernels(dtype, launches):  # noqa: F811
-    # A norm's factors stay single under autocast; kernels once came out in single for it. They lie
-    # in memory as without factors, which a product of permuted tensors does not promise.
+    # A norm's factors stay single under autocast, which once made kernels single. Kernels have the
+    # same strides as without factors, which a product of permuted tensors does not ensure.
     for case in ('3x3', 'one of everything', 'depthwise', 'cells with an extent'):
         (alpha, cells), sizes = inputs(case, torch.float32)
         alpha, cells = alpha.detach(), cells.detach().to(dtype)
@@ -216,8 +216,8 @@ def test_strided_gradients(case):
 @pytest.mark.parametrize('case', ['3x3', 'cells with an extent', 'depthwise',
                                   'aligned runs of columns', 'aligned cells with an extent'])
 def test_pieces_with_any_strides(case, launches):  # noqa: F811
-    # Pieces as they are gathered, in rows with a gap, and in every other order: their dimensions
-    # need not be those of a kernel, and no piece is copied.
+    # Pieces in rows with a gap, as they are gathered, and in any other order. Their dimensions may
+    # differ from a kernel's, and no piece is copied.
     (alpha, cells), (grid, _) = inputs(case)
     alpha, cells = alpha.detach(), cells.detach()
     shape = (len(alpha), *grid, *cells.shape[1:3], math.prod(cells.shape[3:]))
@@ -234,7 +234,7 @@ def test_pieces_with_any_strides(case, launches):  # noqa: F811
                                    products.assemble_grad_alpha(pieces, cells))
         torch.testing.assert_close(triton_assembly.assemble_grad_cells(actual, alpha),
                                    products.assemble_grad_cells(pieces, alpha))
-    # As rows of one product for many layers.
+    # Rows of one product for many layers.
     torch.testing.assert_close(
         triton_assembly.assemble_grad_cells(gathered.view(1, 1, rows, 1, 1, 1, -1),
                                             alpha.flatten(0, 1)[None]).view(-1, *shape[4:]),
@@ -243,9 +243,8 @@ def test_pieces_with_any_strides(case, launches):  # noqa: F811
 
 
 def test_offsets_beyond_32_bits(launches):  # noqa: F811
-    # Rows further apart than a 32-bit number counts; the memory between them is never touched.
-    # Once, output groups were counted in 32 bits, and gathered gradients of a large batch have a
-    # group for each row.
+    # Offsets between rows that exceed 32 bits; the memory in between is never used. Output groups
+    # were once counted in 32 bits. Gathered gradients of a large batch have a group for each row.
     apart = 2**29 + 16
     space = torch.empty(5 * apart, dtype=torch.float16, device=DEVICE)
     gathered = space.as_strided((5, 48), (apart, 1))
@@ -256,7 +255,7 @@ def test_offsets_beyond_32_bits(launches):  # noqa: F811
         torch.testing.assert_close(
             triton_assembly.assemble_grad_cells(gathered.view(shape), alpha),
             products.assemble_grad_cells(rows.view(shape), alpha))
-    # The same of a cell's own columns.
+    # The same for the columns of a cell.
     torch.testing.assert_close(
         triton_assembly.assemble_grad_cells(gathered.view(1, 1, 1, 1, 5, 6, 8), alpha[:, :1]),
         products.assemble_grad_cells(rows.view(1, 1, 1, 1, 5, 6, 8), alpha[:, :1]))
@@ -282,7 +281,7 @@ def test_same_bits_every_time():
     assert all(torch.equal(*pair) for pair in zip(*runs))
 
 
-# Who calls, by the dispatcher.
+# Callers of the dispatcher.
 
 def layer_loss(alpha, cells):
     return ops.assemble_kernel(2 * alpha, cells, (9, 2, 3), (3, 3)).sin().sum()
@@ -309,7 +308,7 @@ def test_function_transforms(launches):  # noqa: F811
     expected = torch.autograd.grad(expected_loss(*leaves), leaves)
     torch.testing.assert_close(torch.func.grad(layer_loss, (0, 1))(*leaves), expected)
     assert launches == dict.fromkeys(KERNELS, 1)
-    # One gradient for each sample, of what they share too.
+    # One gradient for each sample, also of shared tensors.
     launches.clear()
     each = torch.func.vmap(torch.func.grad(layer_loss, (0, 1)), (0, None))(
         leaves[0][:, None], leaves[1])
@@ -325,7 +324,7 @@ def test_function_transforms(launches):  # noqa: F811
 
 @pytest.mark.parametrize('case', ['3x3', '1-d', 'cells with an extent', 'depthwise', 'no sample'])
 def test_the_dispatcher_s_own_checks(case, launches):  # noqa: F811
-    # The schema, and what fakes say; for one case, autograd and compilers as well.
+    # Schema and fakes; for one case also autograd and compilers.
     tests = {} if case == '3x3' else dict(test_utils=('test_schema', 'test_faketensor'))
     (alpha, cells), sizes = inputs(case)
     pieces = cut_kernel(ops.assemble_kernel(alpha, cells, *sizes).detach(), sizes[0],
@@ -385,7 +384,7 @@ def test_training_gathers_the_gradient_of_cells(launches):  # noqa: F811
     assert launches == {'_assemble_kernel': 2, '_grad_alpha_kernel': 2, '_grad_cells_kernel': 1}
 
 
-# When.
+# Which tensors Triton takes.
 
 def test_the_switch(launches, monkeypatch):  # noqa: F811
     (alpha, cells), sizes = inputs('3x3')
@@ -407,7 +406,7 @@ def test_the_switch(launches, monkeypatch):  # noqa: F811
         ops.use_triton(enabled)
         assert run() == []
         assert launches == (dict.fromkeys(KERNELS, 1) if enabled else {})
-    # Tensors that it cannot take: torch computes, and that is said once.
+    # For other tensors torch computes, with one warning.
     monkeypatch.setattr(cuda, 'is_usable', lambda *tensors: False)
     message, = run()
     assert 'Triton kernels were asked for but cannot take torch.float64 on ' in message
@@ -428,7 +427,7 @@ def test_what_is_usable():
 
 @pytest.mark.parametrize('switch', ['legacy', 'new'])
 def test_tf32_as_for_a_product(switch):
-    # torch refuses to read the legacy switch once the new one has been used.
+    # torch refuses to read the old switch after the new one was used.
     matmul = torch.backends.cuda.matmul
     name, on, off = (('allow_tf32', True, False) if switch == 'legacy' else
                      ('fp32_precision', 'tf32', 'ieee'))

@@ -1,7 +1,6 @@
-"""Run by test_triton.py: the compiler, with ptxas, takes every kernel. No GPU is needed for that.
+"""Run by test_triton.py: Triton's compiler and ptxas accept every kernel. That needs no GPU.
 
-The interpreter runs Python and knows neither types, nor shared memory, nor what the assembler
-refuses.
+The interpreter runs Python, and does not check types, shared memory, or errors of the assembler.
 """
 import math
 import re
@@ -18,12 +17,12 @@ from kw_mm.ops.layout import cut_kernel
 TYPES = {torch.float16: 'fp16', torch.bfloat16: 'bf16', torch.float32: 'fp32',
          torch.float64: 'fp64'}
 
-# The least that any GPU of capability 8.0 or more offers to a block.
+# The smallest shared memory per block of GPUs with capability 8.0 or more.
 SHARED_MEMORY = 99 * 1024
 
 
 class Compiler:
-    """Stands for a kernel: a launch compiles it for what it is given, and keeps the result."""
+    """Replaces a kernel: a launch compiles it for its arguments and keeps the result."""
 
     def __init__(self, kernel, capability, results):
         self.kernel, self.capability, self.results = kernel, capability, results
@@ -34,7 +33,7 @@ class Compiler:
 
     def launch(self, *arguments, num_warps, num_stages, **constants):
         signature, attributes = {}, {}
-        # As the launcher does: an integer 1 is a constant, multiples of 16 are known as such.
+        # Like the launcher: an integer 1 becomes a constant, and multiples of 16 are marked.
         for i, (parameter, value) in enumerate(zip(self.kernel.params, arguments)):
             name = parameter.name
             if value is None or (isinstance(value, int) and value == 1
@@ -55,7 +54,7 @@ class Compiler:
         self.results[self.kernel.__name__] = compiled.asm['ptx']
 
 
-# Capability of the GPU, dtype of the cells, of the mixing weights: all of them, not all pairs.
+# Capability of the GPU, dtype of cells and of mixing weights. Each occurs, but not all pairs.
 @pytest.fixture(params=[
     (80, torch.bfloat16, torch.bfloat16), (90, torch.float16, torch.float32),
     (90, torch.float32, torch.float32), (80, torch.float64, torch.float64),
@@ -67,7 +66,7 @@ def target(request):
 
 @pytest.fixture
 def ptx(target, monkeypatch):
-    """The code of every kernel that is launched."""
+    """The PTX code of every kernel that is launched."""
     results = {}
     for name, kernel in list(vars(triton_assembly).items()):
         if name.endswith('_kernel') and isinstance(kernel, triton.runtime.JITFunction):
@@ -92,19 +91,19 @@ def compile_assembly(target, grid, kernel_size, cell_shape, num_samples, num_cel
 
 
 def check_vectors(ptx):
-    """Nothing goes to memory or comes from it element by element."""
+    """No element is loaded or stored alone."""
     for code in ptx.values():
         sizes = [int(vector or 1) * int(bits) for vector, bits in re.findall(
             r'(?:ld|st)\.global\.(?:v(\d)\.)?b(\d+)', code)]
         assert sizes and set(sizes) == {128}
         assert 'cp.async.cg' in code
-        # Of mixing weights, which are few, a thread may load 8 bytes at a time.
+        # There are few mixing weights, so a thread may load 8 bytes at a time.
         assert set(re.findall(r'cp\.async\.ca\.shared\.global.*?, (\w+)', code)) <= {'0x8'}
 
 
-# Convolutions of 48 to 96 channels. Once a remainder hid from the compiler that columns are
-# aligned, and once a stride of 1, where a kernel has one position or cells have all of them, that
-# pieces are: every element of the kernels was loaded and stored alone.
+# Convolutions of 48 to 96 channels. Because of a remainder the compiler did not see that columns
+# are aligned; because of a stride of 1, with one position or cells of all positions, it did not see
+# it for pieces. Every element of the kernels was then loaded and stored alone.
 @pytest.mark.parametrize('grid, kernel_size, cell_shape', [
     ((9, 2, 1), (3, 3), (48, 48, 1, 1)), ((1, 2, 1), (1, 1), (48, 48, 1, 1)),
     ((1, 2, 2), (3, 3), (48, 16, 3, 3)),

@@ -1,4 +1,4 @@
-"""``python tools/benchmark``: no figures without parity, and what it writes."""
+"""``python tools/benchmark``: its output, and no figures without parity."""
 import json
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""tools/analysis_tools/compare_static_start.py: what it runs, keeps and refuses."""
+"""tools/analysis_tools/compare_static_start.py: its runs, what it keeps, and errors."""
 import importlib.util
 import json
 from pathlib import Path

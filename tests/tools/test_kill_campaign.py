@@ -17,7 +17,7 @@ train_cfg = dict(max_epochs=3)
 train_dataloader = dict(batch_size=4)
 model = dict(backbone=dict(base_channels=8), neck=dict(in_channels=[8, 16, 32, 64]))
 """
-# By iterations, as segmentors are trained elsewhere.
+# Iteration-based, as usual for segmentors.
 SEGMENTOR = """
 _base_ = {base!r}
 train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=6, val_interval=6)
@@ -30,7 +30,7 @@ model = dict(backbone=dict(base_channels=8), neck=dict(in_channels=[8, 16, 32]))
 
 
 def changes(data, config):
-    """What points a config to the data."""
+    """Changes that point a config to the data."""
     loaders = [f'{split}_dataloader.dataset.data_root={data}/'
                for split in ('train', 'val', 'test')]
     metrics = [f'{split}_evaluator.ann_file={data}/annotations/instances_val.json'

@@ -1,4 +1,4 @@
-"""The benchmark: floors by hand, parity that bites, times in turns, reports to the letter."""
+"""The benchmark: floors by hand, parity that fails when it should, times in turns, reports."""
 import json
 from pathlib import Path
 
@@ -44,15 +44,15 @@ def test_costs_by_hand():
     assert assembly_costs(**LAYER) == dict(
         cells=Cost(num_bytes=5 * 8 * 4, operations=2 * 3 * 5 * 8),
         bases=Cost(num_bytes=17 * 3 * 8 * 4, operations=2 * 17 * 3 * 8),
-        # Of 16 units 12 are open for one of two samples, 8 for each.
+        # Of 16 units, 12 are active for one of two samples, 8 for each.
         active_bases=Cost(13 * 3 * 8 * 4, 2 * 9 * 3 * 8),
         training=Cost(num_bytes=640, operations=720))
 
 
 @pytest.mark.parametrize('rates, cells, bases, training', [
-    # Memory is slow: 160, 1632 and 640 bytes count.
+    # With slow memory, 160, 1632 and 640 bytes count.
     (Rates(operations=1e9, bandwidth=10), 16, 163.2, 64),
-    # Arithmetic is: 240, 816 and 720 operations.
+    # With slow arithmetic, 240, 816 and 720 operations count.
     (Rates(operations=10, bandwidth=1e9), 24, 81.6, 72)])
 def test_seconds_are_the_longer_of_reading_and_computing(rates, cells, bases, training):
     few, many = assembly_costs(**LAYER), assembly_costs(**dict(LAYER, cells=500))
@@ -60,7 +60,7 @@ def test_seconds_are_the_longer_of_reading_and_computing(rates, cells, bases, tr
     found = assembly_seconds([few], rates)
     assert found['cells'] == found['cells_or_bases'] == pytest.approx(cells)
     assert assembly_seconds([few], rates, training=True) == dict(cells=pytest.approx(training))
-    found = assembly_seconds([many], rates)  # of so many cells the bases are the smaller
+    found = assembly_seconds([many], rates)  # with so many cells, bases are smaller
     assert found['cells_or_bases'] == pytest.approx(bases)
     assert found['cells_or_active_bases'] < found['cells_or_bases']
     assert assembly_seconds([few, many], rates)['cells_or_bases'] == pytest.approx(cells + bases)
@@ -151,7 +151,7 @@ def failures(shape=(2, 16, 16)):
 def test_a_wrong_kernel_fails(monkeypatch):
     right = conv_module.assemble_kernel
     monkeypatch.setattr(conv_module, 'assemble_kernel', lambda *args: right(*args) * (1 + 1e-4))
-    # What is optimised may take another way.
+    # The optimised network may be computed in another way.
     assert {'outputs in float32', 'gradients in float32'} <= set(failures())
 
 

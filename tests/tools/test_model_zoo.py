@@ -1,4 +1,4 @@
-"""The model zoo is whole: every config has its row and its entry, and no figure is typed twice."""
+"""Every config has its row and entry in the model zoo, and no figure is written twice."""
 import importlib.util
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ FOLDERS = sorted({path.parent for path in (ROOT / 'configs').glob('[!_]*/*.py')}
 METAFILES = sorted((ROOT / 'configs').glob('*/metafile.yml'))
 COLLECTIONS = {collection['Name'] for path in METAFILES
                for collection in yaml.safe_load(path.read_text()).get('Collections', [])}
-# Box and mask AP of all that the authors published (method, section 7).
+# All box and mask AP that the authors published (method, section 7).
 PUBLISHED = {
     'mask-rcnn_r50_fpn_ms-adamw-1x_coco': (39.6, 36.4),
     'mask-rcnn_kw1x-r50_fpn_ms-adamw-1x_coco': (41.8, 38.4),
@@ -190,7 +190,7 @@ def test_the_tool_that_prints(capsys):
                      'model.backbone.kw_cfg.cell_num_ratio=2'])
     *_, whole, backbone = capsys.readouterr().out.splitlines()
     assert 'mask-rcnn_kw1x-r18_fpn_shapes, 64 x 96' in whole
-    # 1.39M in cells: twice as many as one for each piece.
+    # 1.39M are in cells, of which there are twice as many as pieces.
     assert re.search(r'backbone +\S+ +1\.39 ', backbone)
     with pytest.raises(SystemExit):
         complexity.main([config, '--shape', '0', '96'])

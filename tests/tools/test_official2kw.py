@@ -1,4 +1,4 @@
-"""The command line that converts the authors' checkpoints, from file to file."""
+"""The command line that converts files of the authors' checkpoints."""
 import argparse
 import importlib.util
 import os
@@ -34,7 +34,7 @@ def tool():
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """An empty working directory with a classifier as training code writes it."""
+    """A working directory with a classifier as the authors' training code writes it."""
     monkeypatch.chdir(tmp_path)
     state = {**MODELS.build(BACKBONE).state_dict(), 'fc.weight': torch.ones(3, 128)}
     torch.save(dict(model=state, model_ema={k: t + 1 for k, t in state.items()}, epoch=3,
@@ -45,7 +45,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def error(tool, folder, capsys):
-    """Runs the tool, which is to fail and write nothing, and returns its last line."""
+    """Runs the tool, which must fail and write nothing, and returns its last line."""
     def error(*argv):
         before = {file: file.stat() for file in folder.rglob('*')}
         with pytest.raises(SystemExit) as exit_:
@@ -134,7 +134,7 @@ def test_a_released_detector_becomes_one_of_mmdet_3(tool, folder, capsys):
     printed = capsys.readouterr().out
     assert f'config    {config.relative_to(ROOT)}' in printed
     assert 'backbone.fc.weight, backbone.fc.bias' in printed
-    load_checkpoint(model, 'dst.pth', strict=True)  # the runner's, but it only logs differences
+    load_checkpoint(model, 'dst.pth', strict=True)  # like the runner's, which only logs differences
     detector = init_detector(str(config), 'dst.pth', device='cpu')
     assert detector.dataset_meta['classes'] == classes
     for key, tensor in detector.state_dict().items():
@@ -143,6 +143,6 @@ def test_a_released_detector_becomes_one_of_mmdet_3(tool, folder, capsys):
         outputs = detector.backbone.double()(golden.image(expected['input_shape']))
     for out, probe in zip(outputs, expected['eval']['0.0'], strict=True):
         wanted = torch.tensor(probe['samples'], dtype=torch.float64)
-        # The weights have been float32 on the way.
+        # The weights were converted to float32 in between.
         torch.testing.assert_close(golden.samples(out, len(wanted)), wanted, rtol=0,
                                    atol=1e-5 * wanted.abs().max().item())

@@ -1,4 +1,4 @@
-"""A checkpoint that is ready to be passed on."""
+"""A checkpoint that is ready to be published."""
 import hashlib
 import importlib.util
 from pathlib import Path
@@ -18,7 +18,7 @@ STATE = dict(weight=torch.arange(3.0))
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # As a training writes it, the logged history included.
+    # A checkpoint as training writes it, with the logged history.
     torch.save(dict(meta=dict(cfg='data_root = "/home/me"', dataset_meta=dict(classes=('a', ))),
                     state_dict=STATE, optimizer=dict(state={}),
                     message_hub=dict(log_scalars=dict(loss=HistoryBuffer([1.0], [1])))), 'src.pth')

@@ -35,7 +35,7 @@ def run(monkeypatch, tmp_path):
 
 
 def metrics(work_dir):
-    """What the last test in a folder found."""
+    """The metrics of the last test in a folder."""
     log = max(work_dir.glob('*/*.json'), key=lambda path: path.stat().st_mtime_ns)
     return json.loads(log.read_text().splitlines()[-1])
 
@@ -50,7 +50,7 @@ def test_train_resume_and_test_in_every_way(run, tmp_path):
     meta = trained['meta']
     assert (meta['epoch'], meta['iter']) == (2, 4)
     assert meta['dataset_meta']['classes'][:2] == ('background', 'circle')
-    # After four iterations all is background, by whatever way; not so with another classifier.
+    # After four iterations all predictions are background, unless the classifier is replaced.
     torch.manual_seed(0)
     torch.nn.init.normal_(trained['state_dict']['decode_head.conv_seg.weight'])
     torch.nn.init.zeros_(trained['state_dict']['decode_head.conv_seg.bias'])
@@ -71,7 +71,7 @@ def test_train_resume_and_test_in_every_way(run, tmp_path):
         assert 0 < found[name]['mIoU'] < 100
         assert {'aAcc', 'mAcc'} < set(found[name])
     figures = {name: (result['mIoU'], result['aAcc']) for name, result in found.items()}
-    # Images are enlarged to 128 px, which one window covers.
+    # One window covers the images, which are enlarged to 128 px.
     assert figures['one window'] == figures['plain']
     assert figures['augmented'] != figures['plain'] != figures['windows']
 
@@ -79,6 +79,6 @@ def test_train_resume_and_test_in_every_way(run, tmp_path):
     assert [path.name for path in maps] == [f'{i:06d}.png' for i in range(4)]
     labels = cv2.imread(str(maps[0]), cv2.IMREAD_UNCHANGED)
     assert labels.shape == (64, 64) and np.max(labels) < 5
-    # In its own folder, though the process has drawn before.
+    # In the right folder, although the process has drawn pictures before.
     assert len(list((tmp_path / 'shown').rglob('*.png'))) == 4
     assert not list((tmp_path / 'test').rglob('*.png'))

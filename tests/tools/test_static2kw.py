@@ -1,4 +1,4 @@
-"""static2kw: from the checkpoint of a static detector to one of its KW counterpart."""
+"""static2kw: turns the checkpoint of a static detector into one of its KW counterpart."""
 import importlib.util
 import re
 from pathlib import Path
@@ -83,7 +83,7 @@ def test_the_kw_detector_starts_as_the_static_one(files, capsys):
 
 
 def test_weights_that_are_stored_otherwise(tmp_path, capsys):
-    # A standardised weight is stored as it is before, beside the mean and scale that it gets.
+    # A standardised weight is stored before that, with its new mean and scale.
     conv = dict(type='ConvAWS')
     backbone = f"type='ResNet', conv_cfg={conv}"
     static, kw = tmp_path / 'static.py', tmp_path / 'kw.py'
@@ -153,7 +153,7 @@ def test_another_number_of_classes(files, caplog):
     static2kw.main([str(config), str(src), str(dst)])
     assert 'left out, and to be trained from the start, are bbox_head.retina_cls' in caplog.text
     checkpoint = torch.load(dst, weights_only=True)
-    assert checkpoint['meta'] == {}  # its names of classes would be wrong ones
+    assert checkpoint['meta'] == {}  # its names of classes would be wrong
     model = build(config)
     result = model.load_state_dict(checkpoint['state_dict'], strict=False)
     assert result.missing_keys == ['bbox_head.retina_cls.weight', 'bbox_head.retina_cls.bias']
@@ -166,7 +166,7 @@ def test_another_number_of_classes(files, caplog):
     # Softmax over classes and background, and a box for each class.
     (dict(cls=(5, 8), reg=(16, 8)), dict(cls=(81, 8), reg=(320, 8)), ['cls', 'reg']),
     (dict(cls=(12, 8, 1, 1)), dict(cls=(240, 8, 1, 1)), ['cls']),
-    # No number of classes makes both so.
+    # No number of classes explains both sizes.
     (dict(cls=(5, 8), reg=(16, 8)), dict(cls=(81, 8), reg=(324, 8)), []),
     # Other differences: a width, and a part of the backbone.
     (dict(cls=(5, 8)), dict(cls=(81, 16)), []),

@@ -1,4 +1,4 @@
-"""What the options of tools/train.py and tools/test.py make of a config, and their errors."""
+"""How options of tools/train.py and tools/test.py change a config, and their errors."""
 import importlib.util
 import os
 import stat
@@ -124,7 +124,7 @@ def test_launcher_and_local_rank(run, monkeypatch):
     assert run('train', 'det.py', '--launcher', 'pytorch', '--local-rank', 3).launcher == 'pytorch'
     assert os.environ['LOCAL_RANK'] == '3'
     run('test', 'det.py', 'weights.pth', '--local_rank=1')
-    assert os.environ['LOCAL_RANK'] == '3'  # the launcher's own is not overwritten
+    assert os.environ['LOCAL_RANK'] == '3'  # the launcher's value is kept
 
 
 def test_amp(run, error, monkeypatch):
