@@ -1,4 +1,4 @@
-"""KernelWarehouse layers: state around the functions of ``kw_mm.ops``."""
+"""KernelWarehouse layers: modules with the parameters for the functions of ``kw_mm.ops``."""
 from .attention import Attention, set_temperature
 from .conv import KWConv1d, KWConv2d, KWConv3d
 from .linear import KWLinear

@@ -1,4 +1,4 @@
-"""The attention of a layer: an image in, mixing weights out."""
+"""The attention of a layer, which computes mixing weights from an image."""
 from __future__ import annotations
 
 import math
@@ -24,11 +24,11 @@ SETTLING_BATCHES = 50
 class AttentionBatchNorm(nn.BatchNorm1d):
     """BatchNorm1d that trains with any number of samples, and can settle its statistics.
 
-    One sample per channel has no variance. Such a batch, and an empty one, is normalised with
-    the running statistics, which it leaves alone.
+    A single sample has no variance. Batches of one sample, and empty ones, are normalised with the
+    running statistics and do not change them.
 
-    In a network whose norms stay in evaluation, a new attention's would have mean 0 and variance
-    1 for ever. ``settle`` has it take them from the batches that come first.
+    In a network whose norms stay in evaluation mode, the norm of a new attention would keep mean 0
+    and variance 1 forever. After ``settle`` it takes them from the first batches.
     """
 
     running_mean: Tensor  # which this norm always has
@@ -39,9 +39,10 @@ class AttentionBatchNorm(nn.BatchNorm1d):
     def settle(self) -> None:
         """Sets evaluation mode; statistics that were never computed follow the next batches.
 
-        They become those of all samples of ``SETTLING_BATCHES`` batches (of all processes), which
-        ``num_batches_tracked`` counts, and stay. Until then each batch is normalised with what is
-        known so far. Ends with the next call of ``train`` or ``eval``.
+        They become the statistics of all samples of the next ``SETTLING_BATCHES`` batches (of all
+        processes), counted by ``num_batches_tracked``, and then stay. Meanwhile each batch is
+        normalised with the statistics so far. Settling ends with the next call of ``train`` or
+        ``eval``.
         """
         self.eval()
         if not self.running_mean.is_meta:
@@ -86,13 +87,13 @@ class AttentionBatchNorm(nn.BatchNorm1d):
 class Attention(nn.Module):
     """Contrasting-driven attention of one layer (method, section 3).
 
-    Averages the input over positions, ``fc1 -> norm1 -> ReLU -> fc2``, and normalises; with a
-    non-local basis ``fc3`` and ``basis_bias`` complete the logits.
+    Averages the input over positions, applies ``fc1 -> norm1 -> ReLU -> fc2``, and normalises. With
+    a non-local basis, ``fc3`` and ``basis_bias`` complete the logits.
 
-    The assignment ``beta (m, n)`` and the temperature ``tau`` move with the module and stay out
-    of its state dict. tau is a float64 scalar, 0 at first, which no change of dtype rounds (on
-    devices without that type a float32 one). Wherever the module gets new memory, as from
-    ``to_empty`` or ``load_state_dict(assign=True)``, both are written again.
+    The assignment ``beta (m, n)`` and the temperature ``tau`` move with the module, but are not in
+    its state dict. tau is a float64 scalar (float32 on devices without float64), 0 at first, and
+    stays so when the module's dtype changes. When the module gets new memory, as from ``to_empty``
+    or ``load_state_dict(assign=True)``, both are written again.
 
     Args:
         plan: All sizes.
@@ -141,7 +142,7 @@ class Attention(nn.Module):
 
     @property
     def is_tied(self) -> bool:
-        """Whether the temperature is not 0, as it is taken to be on the meta device."""
+        """Whether the temperature is not 0. On the meta device it counts as 0."""
         return not self.tau.is_meta and bool(self.tau)
 
     def reset_parameters(self) -> None:
@@ -170,8 +171,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mixing weights ``(N, m, n)`` of an input ``(N, C, *spatial)``.
 
-        Under autocast they keep the precision of the parameters: the attention is little work, and
-        the gradients of its norm and of the mixing weights are beyond what float16 can hold.
+        Under autocast they keep the precision of the parameters, because the attention is little
+        work, and gradients of its norm and of the mixing weights exceed the range of float16.
         """
         device = self.beta.device.type
         if autocast_dtype(device) is None:
@@ -237,17 +238,17 @@ def _is_recomputed() -> bool:
 
 
 def _on_device(tau: Tensor | None, device: torch.device) -> Tensor:
-    """The temperature on a device, 0 if there is none or it is on the meta device."""
+    """The temperature on a device; 0 if there is none or it was on the meta device."""
     if tau is None or tau.is_meta:
         tau = torch.zeros((), dtype=torch.float64, device='cpu')
     return tau.to(device, widest_dtype(device))
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer computes with its own weight alone, and takes another one.
+    """Whether a layer computes with its own weight only, which may be replaced by another.
 
-    So does an ``nn.Linear``, but not what pruning, spectral or weight norm, other
-    parametrizations, quantization and adapters make of it or put in its place.
+    An ``nn.Linear`` does, but not after pruning, spectral or weight norm, other parametrizations or
+    quantization, and not an adapter in its place.
     """
     return type(layer) is nn.Linear and 'weight' in layer._parameters
 
@@ -258,7 +259,7 @@ def set_temperature(module: nn.Module, tau: float) -> int:
 
     Args:
         module: Any module, wrapped for distributed training or not.
-        tau: In [0, 1]: 1 is the initial one-to-one assignment, 0 the learned attention alone.
+        tau: In [0, 1]: 1 is the initial one-to-one assignment, 0 only the learned attention.
 
     Returns:
         How many layers there are.

@@ -29,10 +29,10 @@ NO_WEIGHT = (
 
 
 def convolve(layer: Any, x: Tensor, make_kernel: Callable[[Tensor], Tensor]) -> Tensor:
-    """Convolves ``x`` as the geometry of a layer says, each sample with its own kernel.
+    """Convolves ``x`` with the geometry of a layer, each sample with its own kernel.
 
     Args:
-        layer: A KW convolution, or what has its geometry and bias.
+        layer: A KW convolution, or a module with the same attributes for geometry and bias.
         x: ``(N, C_in, *spatial)``.
         make_kernel: Maps ``x`` to kernels ``(N, C_out, C_in / groups, *k)``.
 
@@ -55,16 +55,16 @@ def convolve(layer: Any, x: Tensor, make_kernel: Callable[[Tensor], Tensor]) -> 
 
 
 def record_call(layer: nn.Module, x: torch.fx.Proxy) -> torch.fx.Proxy:
-    """The call of a layer as one node of a ``torch.fx`` graph, as of torch's own convolutions.
+    """Records a layer's call as one node of a ``torch.fx`` graph, like torch's convolutions.
 
-    A graph module takes along what its nodes name. So cells that a layer shares are named, too.
+    A graph module only contains what its nodes name. So a node names shared cells, too.
 
     Args:
         layer: A KW layer below the module that is traced.
         x: Its input.
 
     Raises:
-        ValueError: If the layer is itself what is traced, for a graph cannot call itself.
+        ValueError: If the layer itself is traced, because a graph cannot call itself.
     """
     tracer: Any = x.tracer  # torch.fx.Tracer, which knows modules
     path = tracer.path_of_module(layer)
@@ -79,7 +79,7 @@ def record_call(layer: nn.Module, x: torch.fx.Proxy) -> torch.fx.Proxy:
         try:
             owner = tracer.path_of_module(manager)
         except NameError:
-            continue  # beside what is traced
+            continue  # outside of the traced module
         cells = tracer.create_proxy(
             'get_attr', f'{owner}.weights.{module.plan.warehouse}', (), {})
         x = tracer.create_proxy('call_function', beside, (x, cells), {})
@@ -92,10 +92,10 @@ def beside(x: Tensor, cells: Tensor) -> Tensor:
 
 
 class _KWConvNd(CellUser):
-    """What the three KW convolutions share.
+    """Base of the three KW convolutions.
 
-    Derived from ``nn.Module`` and not from torch's convolutions: weight initialisers and
-    batch-norm fusion recognise those by type and would take the layer for static.
+    It does not derive from torch's convolutions, because weight initialisers and batch-norm fusion
+    recognise those by type and would treat the layer as static.
 
     Args:
         in_channels: Input channels.
@@ -111,13 +111,13 @@ class _KWConvNd(CellUser):
         dtype: Of the parameters, as in torch.
         kw_cfg: Settings of the layer's private warehouse, which is its child
             ``warehouse_manager``.
-        manager: Instead, the owner of shared warehouses; the layer does not register it.
+        manager: Instead of ``kw_cfg``, the owner of shared warehouses; not registered as a child.
         name: The layer's name in the manager's plan.
 
     Raises:
         TypeError: If an argument is of a wrong type.
         ValueError: If a value is out of range, ``groups`` does not divide the channels, or the
-            layer differs from what the manager's plan has under its name.
+            layer differs from that of its name in the manager's plan.
     """
 
     num_dims: int
@@ -125,7 +125,7 @@ class _KWConvNd(CellUser):
 
     transposed = False  # read by mmcv.cnn.ConvModule, as output_padding is
     is_init = False  # read by mmengine before it calls init_weights
-    # What a static layer of another type, in whose place it is, stores; kw_mm.convert sets it.
+    # The state of a static layer of another type that it has replaced; set by kw_mm.convert.
     origin: Any = None
 
     @checks_arguments()
@@ -145,7 +145,7 @@ class _KWConvNd(CellUser):
         self.padding_mode = padding_mode
         self.output_padding = (0,) * self.num_dims
         self.padding = self._check_padding(padding)
-        # A module that the input goes through first, or None; kw_mm.convert sets it.
+        # A module that the input passes first, or None; set by kw_mm.convert.
         self.pad_input = None
         spec = ConvSpec(name, in_channels, out_channels, self.kernel_size, groups, bool(bias))
         if manager is None:
@@ -185,8 +185,8 @@ class _KWConvNd(CellUser):
             kw_cfg: Settings of the warehouse.
 
         Raises:
-            TypeError: If ``conv`` is anything else, a subclass included, for that may compute
-                something else.
+            TypeError: If ``conv`` is of another type. Subclasses are refused too, because they may
+                compute something else.
         """
         kind = type(conv)
         if kind is not cls.static_type:
@@ -201,12 +201,13 @@ class _KWConvNd(CellUser):
              manager: WarehouseManager | None = None, name: str = '') -> _KWConvNd:
         """A new layer of a static one's geometry, device, dtype and mode, with random weights.
 
-        The attention, and the cells if they are private, learn if the static weight does.
+        The attention is trainable if the static weight is, and so are the cells if they are
+        private.
 
         Args:
             conv: The static convolution.
             kw_cfg: Settings of its private warehouse.
-            manager: Instead, the owner of shared warehouses.
+            manager: Instead of ``kw_cfg``, the owner of shared warehouses.
             name: The layer's name in the manager's plan.
         """
         weight, bias = conv.weight, conv.bias
@@ -221,7 +222,7 @@ class _KWConvNd(CellUser):
 
     @property
     def pads(self) -> tuple[int, ...]:
-        """What ``F.pad`` adds, last dimension first; follows ``padding`` where that is set anew."""
+        """The padding for ``F.pad``, last dimension first, from the current ``padding``."""
         if not isinstance(self.padding, str):
             return tuple(side for p in reversed(self.padding) for side in (p, p))
         totals = [d * (k - 1) * (self.padding == 'same')
@@ -237,7 +238,7 @@ class _KWConvNd(CellUser):
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws initial values again, whatever the layer started from; shared cells stay."""
+        """Draws initial values again, also after a static start; shared cells stay."""
         if 'warehouse_manager' in self._modules:
             self.warehouse_manager.reset_parameters()
         self.attention.reset_parameters()

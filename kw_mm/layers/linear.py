@@ -28,7 +28,7 @@ class KWLinear(nn.Module):
         device: Of the parameters, as in torch.
         dtype: Of the parameters, as in torch.
         kw_cfg: Settings of its private warehouse.
-        manager: Instead, the owner of shared warehouses; see ``KWConv2d``.
+        manager: Instead of ``kw_cfg``, the owner of shared warehouses; see ``KWConv2d``.
         name: The layer's name in the manager's plan.
 
     Raises:
@@ -68,7 +68,7 @@ class KWLinear(nn.Module):
         """A KW linear layer that starts as a static one; see ``KWConv2d.from_conv``.
 
         Raises:
-            TypeError: If ``linear`` is anything but an ``nn.Linear``, a subclass included.
+            TypeError: If ``linear`` is not exactly an ``nn.Linear``.
         """
         if type(linear) is not nn.Linear:
             raise TypeError(f'linear must be an nn.Linear, got {type(linear).__name__}')
@@ -111,7 +111,7 @@ class KWLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        # A static layer's keys are the linear layer's own, not those of the convolution inside.
+        # Keys of a static layer are at the linear layer, not at the convolution inside.
         check_fit(self, state_dict, prefix)
 
     def extra_repr(self) -> str:

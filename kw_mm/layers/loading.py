@@ -1,4 +1,4 @@
-"""What a state dict must hold for a KW layer or a backbone of ours: all of it, or nothing."""
+"""Checks that a state dict has all of a KW layer or backbone, or nothing of it."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,24 +18,23 @@ class CheckpointMismatch(ValueError):
 
 @dataclass
 class WholeLoad:
-    """What has been found while a whole network is loaded.
+    """What was found while a whole network is loaded.
 
     Attributes:
         fitting: Whether a KW layer or backbone has been found in the state dict.
-        absent: Paths of those that the state dict knows nothing of, and whether each is (in) a
-            backbone.
+        absent: Paths of those for which it has nothing, and whether each is (in) a backbone.
     """
 
     fitting: bool = False
     absent: dict[str, bool] = field(default_factory=dict)
 
     def note_absent(self, path: str, is_backbone: bool) -> None:
-        """Notes that there is nothing for a module, unless it is inside of another such."""
+        """Notes that there is nothing for a module, unless it is inside another such module."""
         if not any(not outer or path.startswith(f'{outer}.') for outer in self.absent):
             self.absent[path] = is_backbone or 'backbone' in path
 
     def check(self, module: nn.Module, state_dict: Mapping[str, Any]) -> None:
-        """Refuses a state dict that brings nothing for a backbone, or nothing at all.
+        """Refuses a state dict that has nothing for a backbone, or nothing for the whole module.
 
         Raises:
             CheckpointMismatch: If it does.
@@ -60,10 +59,10 @@ _strict: ContextVar[bool] = ContextVar('strict', default=False)
 
 @contextmanager
 def whole_load() -> Iterator[WholeLoad]:
-    """A context in which a state dict is meant for all of the module that is loaded.
+    """A context in which a state dict is meant for the whole module that is loaded.
 
-    Elsewhere, as in ``head.load_state_dict``, one without a single key of a layer or backbone
-    leaves it as it is.
+    Elsewhere, as in ``head.load_state_dict``, a layer or backbone stays as it is if the state dict
+    has none of its keys.
     """
     load = WholeLoad()
     token = _whole_load.set(load)
@@ -75,7 +74,7 @@ def whole_load() -> Iterator[WholeLoad]:
 
 @contextmanager
 def strict_loading() -> Iterator[None]:
-    """A context in which mmengine refuses whatever is missing, unknown or misshapen, anywhere."""
+    """A context in which mmengine refuses all missing, unknown or misshapen keys."""
     token = _strict.set(True)
     try:
         yield
@@ -91,23 +90,23 @@ def is_strict() -> bool:
 def check_fit(module: nn.Module, state_dict: Mapping[str, Any], prefix: str,
               may_lack: tuple[str, ...] = (), may_have: tuple[str, ...] = (),
               is_backbone: bool = False) -> None:
-    """Refuses a state dict that has part of a module, or has it in other shapes.
+    """Refuses a state dict that has only part of a module, or other shapes.
 
-    To be called from ``_load_from_state_dict``, after the inherited one, which runs the hooks that
-    rename keys. ``load_state_dict(strict=False)`` and mmengine load what fits; mmengine merely
-    logs the rest, and a layer of which half is loaded computes nonsense.
+    ``load_state_dict(strict=False)`` and mmengine load what fits and ignore or log the rest, but a
+    layer that is half loaded computes nonsense. Must be called from ``_load_from_state_dict``,
+    after the inherited method, which runs the hooks that rename keys.
 
     Args:
         module: A KW layer, the owner of cells, or a backbone.
-        state_dict: All that is loaded below ``prefix``.
-        prefix: Of the module's keys, empty or ending in a dot.
-        may_lack: How keys begin, within the module, that may be missing. ``num_batches_tracked``
-            always may, as in files of old.
-        may_have: How unknown keys begin, within the module, that are passed over.
+        state_dict: The whole state dict that is loaded.
+        prefix: Prefix of the module's keys, empty or ending in a dot.
+        may_lack: Beginnings of keys, within the module, that may be missing.
+            ``num_batches_tracked`` always may, as in old files.
+        may_have: Beginnings of unknown keys, within the module, that are ignored.
         is_backbone: Whether it is a backbone.
 
     Raises:
-        CheckpointMismatch: If something is missing, unknown or misshapen. It is named, with what
+        CheckpointMismatch: If keys are missing, unknown or misshapen. It names them and says what
             helps.
     """
     expected, own_ways = _entries(module, prefix)
@@ -139,7 +138,7 @@ def check_fit(module: nn.Module, state_dict: Mapping[str, Any], prefix: str,
 
 
 def describe_keys(limit: int, **kinds: Sequence[str]) -> str:
-    """Counts and names keys, so many of a kind at most: ``2 missing: a, b; 1 unknown: c``."""
+    """Counts and names keys, with a limit for each kind: ``2 missing: a, b; 1 unknown: c``."""
     return '; '.join(f'{len(keys)} {kind}: {_listed(keys, limit)}'
                      for kind, keys in kinds.items() if keys)
 
@@ -149,9 +148,10 @@ def _listed(names: Sequence[str], limit: int = MAX_NAMES) -> str:
 
 
 def _entries(module: nn.Module, prefix: str) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """What a module's state dict holds, and the prefixes of what cannot be known.
+    """The entries of a module's state dict, and the prefixes of children that change keys.
 
-    Not ``state_dict()``: with hooks, as of sharded modules, that gathers tensors of all processes.
+    ``state_dict()`` is not called, because hooks of sharded modules would gather tensors of all
+    processes.
     """
     entries: dict[str, Any] = {}
     own_ways = []
@@ -182,12 +182,12 @@ def _same_shape(own: Any, given: Any) -> bool:
 
 def _advice(module: nn.Module, prefix: str, expected: Mapping[str, Any], given: Mapping[str, Any],
             missing: Sequence[str], unknown: Sequence[str]) -> str:
-    """What a person should do about it."""
+    """What to do about it."""
     def tell_kw(keys: Sequence[str]) -> bool:
         return any('attention.' in key or 'warehouse_manager.' in key or key.startswith(
             f'{prefix}weights.') for key in keys)
 
-    # Paths of KW layers; a linear one has its convolution inside.
+    # Paths of KW layers. A KW linear layer contains a convolution.
     layers = {key.partition('attention.')[0] for key in missing if 'attention.' in key}
     layers |= {path[:-len('conv.')] for path in layers if path.endswith('conv.')}
     if any(getattr(inner, 'has_fixed_temperature', False) for inner in module.modules()):

@@ -1,12 +1,13 @@
-"""A static start: KW layers that compute what given static layers do, at temperature 0.
+"""A static start: KW layers compute the same as given static layers, at temperature 0.
 
-The attention begins blind to its input (fc2 has zero weights) with logits that reproduce the
-static kernels, and learns from there. Two cases, by warehouse:
+At first the attention does not depend on its input (fc2 has zero weights), and its logits reproduce
+the static kernels. There are two cases, by warehouse:
 
-- Every mixture is tied to a cell of its own (b >= 1): the cell is that piece of the kernel,
-  enlarged by what the normalisation of the logits takes away. Exact.
-- Mixtures outnumber cells (b < 1): the pieces of all layers are the rows of one matrix, and the
-  cells are its best approximation of rank n, a truncated singular value decomposition.
+- Every mixture is tied to a cell of its own (b >= 1). The cell is that piece of the kernel, scaled
+  up because normalised logits sum to less than 1. This is exact.
+- There are more mixtures than cells (b < 1). The pieces of all layers are the rows of one matrix,
+  and the cells come from its best approximation of rank n, a truncated singular value
+  decomposition.
 """
 from __future__ import annotations
 
@@ -29,17 +30,18 @@ if TYPE_CHECKING:
     from .conv import _KWConvNd
     from .warehouse import WarehouseManager
 
-# Logits of the cell that a mixture starts from and of the zero cell. alpha is then 1 / 1.0003,
-# which the cells make good at temperature 0; towards 1, where beta takes over, each layer is too
-# strong by that much, which comes to 1 % after 50 layers. A larger SELECT lessens it, but every
-# logit counts for 1 / SELECT: 4 is no more than the sum of magnitudes that random logits start
-# with, so the attention learns as quickly as one from scratch. The zero cell's logit must not be
-# 0, where |z| has no gradient and the column might never move, and adds to the error as it grows.
+# Logits of the cell that a mixture starts from, and of the zero cell. alpha is then 1 / 1.0003, for
+# which the cells are scaled up at temperature 0. Towards temperature 1, where beta is used instead,
+# each layer is too strong by that factor, which adds up to 1 % after 50 layers. A larger SELECT
+# reduces this, but the effect of every logit is divided by SELECT. With 4, about the initial sum of
+# magnitudes of random logits, the attention learns as fast as from scratch. The zero cell's logit
+# must not be 0, because |z| has no gradient there and the column might never change; the larger it
+# is, the larger the error.
 SELECT = 4.0
 ZERO = 2e-4
 
-# Of the L1 ball that mixing weights live in, left to the zero cell by the approximated mixtures:
-# its logit stays positive and well away from the kink at 0.
+# The part of the mixing weights' L1 norm, at most 1, that approximated mixtures leave to the zero
+# cell, so that its logit is positive and well away from the kink at 0.
 MARGIN = 0.05
 
 LayerWeights = tuple['_KWConvNd', Tensor, Tensor | None]
@@ -57,7 +59,7 @@ class WarehouseStart:
         exact: Whether every mixture has a cell of its own.
         error: ``|kernels - static kernels| / |static kernels|`` over all layers (Frobenius); NaN
             on the meta device.
-        optimum: The least such error that n cells allow: 0, or what the singular values say.
+        optimum: The smallest error that n cells allow: 0, or a bound from the singular values.
     """
 
     warehouse: int
@@ -93,21 +95,21 @@ class StartReport:
 def start_from_static_(layers: Iterable[LayerWeights]) -> StartReport:
     """Sets cells, attentions and biases so that KW layers compute what static ones do.
 
-    Computed in float64 and rounded to the layers' own dtype in the end. What is not needed keeps
-    its random values: fc1 and norm1, fc3, and cells that no mixture starts from. A later
+    It is computed in float64 and rounded to the layers' own dtype. Tensors that are not needed keep
+    their random values: fc1 and norm1, fc3, and cells that no mixture starts from. A later
     ``init_weights`` of the layers does nothing.
 
     Args:
         layers: KW convolutions, each with its static weight ``(out, in / groups, *k)`` and bias
-            ``(out,)`` or None. A linear layer is given by its child ``conv``, and its weight may
-            be ``(out, in)``. Every layer of a warehouse must be among them.
+            ``(out,)`` or None. For a linear layer, pass its child ``conv``; its weight may be
+            ``(out, in)``. All layers of a warehouse must be included.
 
     Returns:
-        How well each warehouse does.
+        How well each warehouse reproduces the static kernels.
 
     Raises:
-        ValueError: If a layer of a warehouse is missing, a weight or bias has not the layer's
-            shape, or fc2 of an attention was pruned, wrapped or replaced. Nothing was changed then.
+        ValueError: If a layer of a warehouse is missing, a weight or bias does not have the layer's
+            shape, or fc2 of an attention was pruned, wrapped or replaced. Nothing is changed then.
     """
     by_manager: dict[WarehouseManager, dict[str, LayerWeights]] = {}
     for layer, weight, bias in layers:
@@ -130,18 +132,18 @@ def start_from_static_(layers: Iterable[LayerWeights]) -> StartReport:
 
 @torch.no_grad()
 def start_at_zero_(layer: _KWConvNd, bias: Tensor | None) -> None:
-    """Makes the kernels of one KW convolution zero at temperature 0, whatever its cells are.
+    """Makes the kernels of one KW convolution zero at temperature 0, with any cells.
 
-    All of the attention goes to the zero cell; cells are left alone, for others may share them.
-    The other logits are 0 and have gradients, so that training moves the kernels at once. A later
-    ``init_weights`` of the layer does nothing.
+    All of the attention goes to the zero cell. Cells are not changed, because other layers may
+    share them. The other logits are 0 and have gradients, so that training changes the kernels at
+    once. A later ``init_weights`` of the layer does nothing.
 
     Args:
-        layer: The convolution; a linear layer is given by its child ``conv``.
+        layer: The convolution; for a linear layer, its child ``conv``.
         bias: ``(out,)`` or None.
 
     Raises:
-        ValueError: If the bias has not the layer's shape, or fc2 of the attention was pruned,
+        ValueError: If the bias does not have the layer's shape, or fc2 of the attention was pruned,
             wrapped or replaced.
     """
     _check_bias(layer, bias)
@@ -166,7 +168,7 @@ def _start_warehouse(index: int, warehouse: Warehouse,
     for layer, _, bias in members:
         if layer.bias is not None and bias is not None:
             layer.bias.copy_(bias)
-        # For mmengine, which would otherwise have the layer draw its weights anew.
+        # Keeps mmengine from letting the layer draw new weights.
         layer.is_init = True
     report: dict[str, Any] = dict(
         warehouse=index, layers=tuple(p.spec.name for p in warehouse.layers),
@@ -191,28 +193,28 @@ def _set_exactly_(layer: _KWConvNd, pieces: Tensor) -> None:
     logits[rows, columns] = SELECT
     logits[:, -1] = ZERO
     _set_logits_(layer, logits)
-    # What the stored logits come to in the layer's own dtype.
+    # The mixing weights of the stored logits, in the layer's own dtype.
     alpha = _alpha(layer)[rows, columns]
     layer.cells[columns] = (pieces / alpha[:, None]).view(-1, *layer.plan.cell_shape).to(
         layer.cells)
 
 
 def _approximate_(members: Sequence[LayerWeights], pieces: Sequence[Tensor]) -> float:
-    """Returns the least relative error that the cells allow."""
+    """Approximates, and returns the smallest relative error that the cells allow."""
     cells = members[0][0].cells
     rows = torch.cat(list(pieces))
     left, singular = _left_svd(rows)
     rank = int((singular > singular[0] * max(rows.shape) * torch.finfo(rows.dtype).eps).sum())
     rank = min(rank, len(cells))
-    # Cells of one length, as random ones are, and coefficients that carry the singular values;
-    # stretched until the row of largest L1 norm fits into the ball.
+    # All cells have the same norm, like random ones, so the coefficients contain the singular
+    # values. Cells are scaled up until the largest L1 norm of a row of coefficients is allowed.
     weights = left[:, :rank] * singular[:rank]
     stretch = weights.abs().sum(1).max().item() / (1 - MARGIN) if rank else 1.0
     basis = left[:, :rank].T @ rows / singular[:rank, None]
     cells[:rank] = (stretch * basis).view(-1, *cells.shape[1:]).to(cells)
     alpha = rows.new_zeros(len(rows), len(cells))
     alpha[:, :rank] = weights / stretch
-    # What is left goes to the zero cell, so that the logits' normaliser is SELECT in every row.
+    # The rest goes to the zero cell, so that the magnitudes of all rows sum to SELECT.
     zero = SELECT * (1 - alpha.abs().sum(1, keepdim=True)) - EPS
     logits = torch.cat((SELECT * alpha, zero), 1)
     for (layer, _, _), part in zip(members, logits.split([len(p) for p in pieces])):
@@ -224,8 +226,8 @@ def _approximate_(members: Sequence[LayerWeights], pieces: Sequence[Tensor]) -> 
 def _left_svd(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Left singular vectors and singular values of ``(M, D)``.
 
-    Through the triangular factor where rows are long: the right vectors, as large as the matrix,
-    are not needed, and the Gram matrix would lose half of the digits.
+    If rows are long, it is computed from the triangular factor, because the right vectors, as large
+    as the matrix, are not needed, and the Gram matrix would lose half of the digits.
     """
     if rows.shape[0] < rows.shape[1]:
         rows = torch.linalg.qr(rows.T, mode='r').R.T
@@ -234,7 +236,7 @@ def _left_svd(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _set_logits_(layer: _KWConvNd, logits: Tensor) -> None:
-    """Makes the attention's logits ``(m, n + 1)``, whatever its input."""
+    """Sets the attention's logits ``(m, n + 1)``, the same for every input."""
     attention = layer.attention
     attention.fc2.weight.zero_()
     bias = attention.fc2.bias if attention.basis_bias is None else attention.basis_bias
@@ -242,7 +244,7 @@ def _set_logits_(layer: _KWConvNd, logits: Tensor) -> None:
 
 
 def _alpha(layer: _KWConvNd) -> Tensor:
-    """The mixing weights ``(m, n)`` at temperature 0 with fc2's weights at zero, precisely."""
+    """The mixing weights ``(m, n)`` at temperature 0 with zero fc2, in high precision."""
     attention = layer.attention
     bias = attention.fc2.bias if attention.basis_bias is None else attention.basis_bias
     logits = bias.view(1, attention.num_mixtures, -1)

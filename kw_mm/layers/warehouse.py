@@ -1,4 +1,4 @@
-"""The owner of all cells of a network, or of a layer that stands alone."""
+"""The owner of all cells of a network, or of a single layer."""
 from __future__ import annotations
 
 from typing import Any
@@ -11,10 +11,10 @@ from .loading import check_fit
 
 
 class Cells(nn.ParameterList):
-    """One parameter of cells per warehouse, as random as fits the plan.
+    """One parameter of cells per warehouse, with initial values for the plan's layers.
 
-    A class of its own for what makes a sharded model from one on the meta device: it calls
-    ``reset_parameters`` of whatever holds parameters itself.
+    A class of its own, because sharding a model on the meta device calls ``reset_parameters`` of
+    every module that has parameters.
 
     Args:
         plan: Who shares what.
@@ -30,7 +30,7 @@ class Cells(nn.ParameterList):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the cells of each layer as one convolution of their size (method, section 5)."""
+        """Draws the cells of each layer like the weight of one convolution (method, section 5)."""
         for layer in self.plan.layers.values():
             own = layer.assignment
             if own.num_cells and not self[layer.warehouse].is_meta:
@@ -43,8 +43,8 @@ class Cells(nn.ParameterList):
 class WarehouseManager(nn.Module):
     """Owns one tensor of cells, ``weights[i]`` of shape ``(n, c_out, c_in, *k)``, per warehouse.
 
-    Layers read their cells from here and own none, so that a cell tensor is one parameter and
-    stands in a state dict exactly once.
+    Layers read their cells from here and own none, so that a cell tensor is one parameter and is in
+    a state dict exactly once.
 
     Args:
         plan: Who shares what.
@@ -65,10 +65,11 @@ class WarehouseManager(nn.Module):
         """The cells of one warehouse, ``(n, c_out, c_in, *k)``.
 
         Raises:
-            RuntimeError: If they are sharded apart from the layers that read them.
+            RuntimeError: If they are sharded separately from the layers that read them.
         """
         cells = self.weights[index]
-        # Wrapped by themselves they are only whole while the wrapper runs, which no layer calls.
+        # In a wrapper of their own, they are only complete while the wrapper runs, and no layer
+        # calls it.
         if not isinstance(self.weights, Cells) or cells.dim() < 3:
             raise RuntimeError(
                 f'the cells of warehouse {index} are sharded by themselves, so that layers cannot '
@@ -78,12 +79,13 @@ class WarehouseManager(nn.Module):
         return cells
 
     def forward(self, x: Any) -> Any:
-        """Returns its input: as the last child of an ``nn.Sequential`` it is in nobody's way."""
+        """Returns its input, so that it may be the last child of an ``nn.Sequential``."""
         return x
 
     def _apply(self, fn, recurse: bool = True):
-        # Module.to(memory_format=torch.channels_last) takes any five dimensions for those of a 3-d
-        # convolution and fails: cells are shown to it without their spatial extent.
+        # Module.to(memory_format=torch.channels_last) fails for tensors with five dimensions, which
+        # it takes for weights of 3-d convolutions. So it gets cells without their spatial
+        # dimensions.
         return super()._apply(lambda t: fn(t.flatten(2)).view(t.shape), recurse)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
@@ -97,10 +99,10 @@ class WarehouseManager(nn.Module):
 
 
 class CellUser(nn.Module):
-    """A layer whose kernels are made of a warehouse's cells: its own, or shared ones.
+    """A layer whose kernels are mixed from the cells of its own or a shared warehouse.
 
-    Shared cells are their manager's; the layer refers to it past nn.Module's registration, so that
-    the manager's owner is its only parent.
+    Shared cells belong to their manager. The layer refers to it without registering it, so that the
+    manager's owner is its only parent.
     """
 
     plan: LayerPlan
@@ -119,7 +121,7 @@ class CellUser(nn.Module):
 
     @property
     def cells(self) -> Tensor:
-        """The warehouse's cells, ``(n, c_out, c_in, *k)``: all of them, not only its own.
+        """All cells of the warehouse, not only its own, ``(n, c_out, c_in, *k)``.
 
         Raises:
             RuntimeError: In one of the copies of ``nn.DataParallel``, whose cells are elsewhere.

@@ -1,4 +1,4 @@
-"""Tensors in, tensors out. ``ops.reference`` holds a slow, literal twin of what computes."""
+"""Functions of tensors. ``ops.reference`` has a slow, literal twin of each."""
 from .assembly import assemble_kernel
 from .attention import (
     logit_norms,

@@ -1,4 +1,4 @@
-"""From mixing weights and cells to one kernel per sample."""
+"""Mixes cells to one kernel per sample."""
 from __future__ import annotations
 
 from collections.abc import Sequence

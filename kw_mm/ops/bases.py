@@ -1,7 +1,7 @@
 """Kernels for inference, from a few kernels computed once.
 
-Without their normalisation the logits are linear in the hidden vector h of the attention, and so
-is everything that comes of them up to the kernel:
+Before normalisation, the logits are linear in the hidden vector h of the attention, and so is the
+kernel that is mixed with them:
 
     z_i = W_i h + b_i
     w_i = sum_j z_ij e_j / (|z_i|_1 + EPS) = (sum_k h_k B_ki + B_0i) / (|z_i|_1 + EPS)
@@ -37,7 +37,7 @@ def contract_bases(weight: Tensor, bias: Tensor, cells: Tensor, grid: Sequence[i
         ``(B, hidden + 1, width)``, the last of the hidden + 1 being B_0. The B blocks are the
         kernel in the order (output channel, position, group of input channels).
     """
-    # A basis is a kernel, mixed by what one hidden unit gives to the logits.
+    # A basis is a kernel, mixed with the part of the logits that one hidden unit contributes.
     rows = torch.cat((weight, bias.unsqueeze(-1)), -1).permute(2, 0, 1)
     cells = cells.flatten(3)
     kernels = assemble_kernel(rows, cells, grid, (grid[0] * cells.shape[3],), scale)

@@ -1,12 +1,12 @@
 """The gradient of cells that many layers share, in one product.
 
 Every layer of a warehouse has a gradient for all of its cells: ``alpha.T @ d_kernel``, as large as
-the warehouse, from very few rows. Written and added up layer by layer these are what a training
-step spends most on (docs/performance.md). Here each layer leaves its factors behind instead, and
-when the last of them has, one product over the rows of all layers gives the sum.
+the warehouse, from very few rows. Writing and adding these layer by layer would take most of a
+training step (docs/performance.md). Instead each layer stores its factors, and after the last layer
+one product over the rows of all layers gives the sum.
 
-This is for training as it usually runs, by torch's own autograd alone. Where anything else watches
-or rewrites the computation, each layer has the gradient that its operator knows.
+This is for ordinary training with torch's autograd. If anything else records or rewrites the
+computation, each layer computes its gradient by itself.
 """
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _collectors: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def collect_gradients(cells: Tensor) -> Tensor:
-    """Cells to be used in the place of a warehouse's own, so that their gradient is collected.
+    """Returns cells to use instead of a warehouse's own, so that their gradient is collected.
 
     Under autocast they have its dtype, converted once for all layers.
 
@@ -52,8 +52,8 @@ def collect_gradients(cells: Tensor) -> Tensor:
         cells: A parameter, ``(n, c_out, c_in, *k)``.
 
     Returns:
-        The same values; ``cells`` itself where no gradient is asked for, or where more than torch's
-        autograd is at work.
+        The same values; ``cells`` itself if it needs no gradient, or if more than torch's autograd
+        is at work.
     """
     if not (torch.is_grad_enabled() and _is_eager() and cells.requires_grad and cells.is_leaf
             and type(cells) in (Tensor, nn.Parameter) and _is_autograd_alone()):
@@ -152,9 +152,9 @@ class _Chunk:
 
 
 def _leave_factors(collector: Any, alpha: Tensor, pieces: Tensor) -> Tensor:
-    """Adds what a layer gives to the gradient of the cells behind a collector.
+    """Stores a layer's part of the gradient of the cells behind a collector.
 
-    Called in a backward pass, by a function that has the cells of the collector among its inputs
+    It is called in a backward pass, by a function that has the cells of the collector as an input
     and returns None for their gradient.
 
     Args:
@@ -163,7 +163,7 @@ def _leave_factors(collector: Any, alpha: Tensor, pieces: Tensor) -> Tensor:
         pieces: Gradient of the kernels as ``cut_kernel`` cuts it, any strides.
 
     Returns:
-        ``pieces``, where they have been gathered if they were.
+        ``pieces``, as a view of the gathered factors if they were gathered.
     """
     # If this pass does not ask for the gradient of the cells, nobody would fetch the factors.
     if not torch._C._will_engine_execute_node(collector):

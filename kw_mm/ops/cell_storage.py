@@ -14,15 +14,15 @@ MIN_CELLS = 32
 def reads_by_rows(cells: Tensor) -> bool:
     """Whether ``assemble_kernel`` is faster with cells ``(n, c_out, c_in, *k)`` stored by rows.
 
-    It mixes them row by row, and one row of all cells is then one piece of memory. This is about
-    the caches of CPUs.
+    It mixes cells row by row, and then one row of all cells is contiguous. That helps the caches of
+    CPUs.
     """
     return (cells.device.type == 'cpu' and len(cells) >= MIN_CELLS
             and math.prod(cells.shape[2:]) >= MIN_ROW)
 
 
 def store_by_rows(cells: Tensor) -> Tensor:
-    """A copy that lies in memory as ``(c_out, n, c_in, *k)``, of the same shape and values."""
+    """A copy of the same shape, with memory in the order ``(c_out, n, c_in, *k)``."""
     return cells.transpose(0, 1).contiguous().transpose(0, 1)
 
 

@@ -1,11 +1,11 @@
 """The products of assembly on a CPU, in C++ that the installation compiled (``cpu.cpp``).
 
-A few rows against very many numbers is what libraries of matrix products are slowest at: they
-bring both matrices into an order of their own, which here takes as long as the product. These
-functions read the cells where they lie and put mixtures where they belong.
+Libraries of matrix products are slow for few rows and very many columns: they first copy both
+matrices into an order of their own, which here takes as long as the product. These functions read
+cells from where they are and write mixtures to their final place.
 
-C++ reads and writes raw memory. Whatever comes in passes through ``_in_rows`` first, the one place
-where that is made safe: a tensor whose memory is not as the C++ expects it is copied.
+C++ reads and writes raw memory. For safety every tensor first passes through ``_in_rows``, which
+copies it if its memory is not as the C++ expects.
 """
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def mix_blocks(alpha: Tensor, blocks: Tensor, out: Tensor, index: Tensor | None 
     alpha, num_cells = _in_rows(alpha), alpha.shape[-1]
     is_bfloat16 = blocks.dtype == torch.bfloat16
     blocks = _in_rows(blocks, blocks.dtype if is_bfloat16 else torch.float32)
-    # The name keeps them alive: other threads may push them out of the cache.
+    # A variable keeps them alive, because other threads may remove them from the cache.
     starts = _row_starts(tuple(out.shape[1:-1]), out.stride()[1:-1])
     mix = _Mix(
         num_blocks, num_rows, num_cells, width,
@@ -193,8 +193,8 @@ def load(instruction_set: str) -> ctypes.CDLL | None:
     """The file compiled for an instruction set, which the machine must have.
 
     Returns:
-        None if there is none, or if it was built from another source than the one beside this
-        file, whose structures it would misread; that is said in a warning.
+        None if there is no such file, or, with a warning, if it was built from another version of
+        ``cpu.cpp``, whose structures may differ.
     """
     name = f'_cpu_{INSTRUCTION_SETS[instruction_set]}'
     path = Path(__file__).with_name(name + sysconfig.get_config_var('EXT_SUFFIX'))
@@ -217,9 +217,9 @@ def load(instruction_set: str) -> ctypes.CDLL | None:
 
 
 def source_hash() -> str:
-    """Of ``cpu.cpp`` beside this file; ``setup.py`` puts it into what it compiles."""
+    """The hash of ``cpu.cpp`` beside this file; ``setup.py`` compiles it into the library."""
     source = Path(__file__).with_name('cpu.cpp')
     if not source.is_file():
         return 'missing'
-    # Line ends may have been changed by whoever copied the file.
+    # Copying the file may have changed its line ends.
     return hashlib.sha256(b'\n'.join(source.read_bytes().splitlines())).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""One kernel per sample: the convolution itself, and the one place that chooses how."""
+"""Convolves each sample with its own kernel; chooses the fastest way to do so."""
 from __future__ import annotations
 
 import math
@@ -13,8 +13,8 @@ from torch import Tensor
 from . import dispatch
 
 # Both bounds count output positions and hold for CPUs; they were measured with ResNet50's shapes on
-# two cores (docs/performance.md). Up to this one, im2col costs less than what a convolution spends
-# on bringing the kernels into its own order.
+# two cores (docs/performance.md). Up to this one, im2col costs less than the reordering of kernels
+# in torch's convolutions.
 IM2COL_POSITIONS = 64
 # From this one on, training is faster with one grouped convolution, because convolutions of single
 # samples copy gradients. A grouped one copies channels-last feature maps.
@@ -51,17 +51,17 @@ def dynamic_conv(x: Tensor, kernel: Tensor, bias: Tensor | None, stride: Sequenc
 
     The output is contiguous for a contiguous ``x`` and channels-last for a channels-last one, in
     one to three dimensions, whatever the strides of the kernels. Kernels are read fastest if they
-    lie in memory as they are indexed, or position before input channel.
+    are contiguous, or stored position before input channel.
     """
     channels_last = is_channels_last(x)
     path = choose_path(x, kernel, stride, padding, dilation, groups)
     y = path(x, kernel, bias, channels_last, stride, padding, dilation, groups)
-    # As a rule this copies nothing: the paths make torch's functions answer in this order.
+    # This usually copies nothing, because the paths return this order already.
     return in_order(y, channels_last)
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether the channels of a position lie side by side, and the map is not contiguous too."""
+    """Whether a map is channels-last, and not contiguous as well."""
     return not x.is_contiguous() and x.stride(1) == 1
 
 
@@ -75,9 +75,9 @@ def in_order(y: Tensor, channels_last: bool) -> Tensor:
 
 def choose_path(x: Tensor, kernel: Tensor, stride: Sequence[int], padding: Sequence[int] | str,
                 dilation: Sequence[int], groups: int) -> Callable[..., Tensor]:
-    """The function that convolves such tensors fastest, by what was measured.
+    """The function that convolves such tensors fastest, according to measurements.
 
-    A graph that will be given other sizes gets a path that serves all of them.
+    A graph that will get other sizes has a path that works for all of them.
     """
     kernel_size = kernel.shape[3:]
     is_pointwise = max(kernel_size) == 1
@@ -86,7 +86,7 @@ def choose_path(x: Tensor, kernel: Tensor, stride: Sequence[int], padding: Seque
     if torch.jit.is_tracing():
         return _pointwise if is_product else _traced
     if _is_exporting():
-        # A stride above 1 leaves a view, and whether that can be flattened depends on the size.
+        # A stride above 1 gives a view, and its size decides whether that can be flattened.
         return _pointwise if is_product and max(stride) == 1 else _grouped
     num_samples = kernel.shape[0]
     if num_samples == 0:
@@ -121,7 +121,7 @@ def _pays_as_convolution(x: Tensor, kernel: Tensor, stride: Sequence[int]) -> bo
 
 
 def _is_recorded() -> bool:
-    """Whether what runs becomes a graph that will be given tensors of other sizes."""
+    """Whether this call is recorded in a graph that will get tensors of other sizes."""
     return torch.jit.is_tracing() or _is_exporting()
 
 
@@ -152,7 +152,7 @@ def _pointwise(x: Tensor, kernel: Tensor, bias: Tensor | None, channels_last: bo
 def _im2col(x: Tensor, kernel: Tensor, bias: Tensor | None, channels_last: bool,
             stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
             _: int) -> Tensor:
-    """2-d, no groups: one batched matrix product with what each position sees."""
+    """2-d, no groups: one batched matrix product with the inputs of each position."""
     size = _output_size(x.shape[2:], kernel.shape[3:], stride, padding, dilation)
     columns = F.unfold(x, kernel.shape[3:], tuple(dilation), tuple(padding), tuple(stride))
     if not kernel.is_contiguous():
@@ -220,9 +220,9 @@ def _conv(x: Tensor) -> Callable[..., Tensor]:
 
 
 def _weight(kernel: Tensor, channels_last: bool = False) -> Tensor:
-    """A kernel ``(C_out, C_in / groups, *k)`` that leaves the order of the output to the input.
+    """A kernel ``(C_out, C_in / groups, *k)`` with which the output has the input's memory format.
 
-    Torch's convolutions answer channels-last if the strides of either one look like it.
+    Torch's convolutions return channels-last maps if the strides of input or kernel look like it.
     """
     if channels_last:
         return kernel

@@ -1,4 +1,4 @@
-"""What the operators compute on CPUs: the compiled products where they pay, else torch's."""
+"""The operators on CPUs: the compiled products where they pay, else torch's."""
 from __future__ import annotations
 
 import math
@@ -22,7 +22,7 @@ def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Seq
     c_out = cells.shape[1]
     num_samples, (num_positions, num_out_groups, num_in_groups) = alpha.shape[0], grid
     memory = reused_empty(memory_shape(num_samples, grid, cells.shape), dtype)
-    # (c_out, N, S, OG, IG, width), in the order of alpha but for the rows of a cell.
+    # (c_out, N, S, OG, IG, width): the rows of a cell, then the order of alpha.
     places = memory.view(num_samples, num_out_groups, c_out, num_positions, num_in_groups,
                          math.prod(cells.shape[2:])).permute(2, 0, 3, 1, 4, 5)
     blocks, scales = cells.flatten(2).transpose(0, 1), None
@@ -30,7 +30,7 @@ def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Seq
         scales = scale.view(1, 1, num_out_groups, c_out, 1).permute(3, 0, 1, 2, 4).expand(
             places.shape[:-1]).flatten(1)
     elif num_positions == num_in_groups == 1 and not stored_by_rows(cells):
-        # Mixtures are the kernel as they come: one block of whole cells.
+        # The result is the kernel already: one block of whole cells.
         places, blocks = places.permute(1, 2, 3, 4, 0, 5).flatten(4).unsqueeze(0), cells.flatten(
             1).unsqueeze(0)
     compiled.mix_blocks(alpha.flatten(0, 1), blocks, places, scales=scales)

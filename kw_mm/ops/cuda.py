@@ -1,4 +1,4 @@
-"""What the operators compute on GPUs: torch's products, and Triton kernels on request.
+"""The operators on GPUs: torch's products, and Triton kernels on request.
 
 The Triton kernels have been checked with Triton's interpreter and compiler, but have not been
 timed on a GPU yet. They are asked for with ``use_triton`` or with ``KW_MM_TRITON=1`` in the

@@ -1,8 +1,8 @@
-"""How a function becomes an operator of PyTorch's dispatcher, with a gradient of its own.
+"""Registers functions as operators of PyTorch's dispatcher, with their own gradients.
 
-``torch.library.register_autograd`` would do, but function transforms (``torch.func``) refuse what
-it registers, and a training call through it takes about twice as long. What is used here instead
-has no public name. Where torch lacks any of it, nothing is registered.
+``torch.library.register_autograd`` is not used, because function transforms (``torch.func``) refuse
+it, and a training call through it takes about twice as long. The functions used instead are not
+public. If torch lacks any of them, nothing is registered.
 """
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ is_compiling = getattr(torch.compiler, 'is_compiling', None) or torch._dynamo.is
 
 _library = torch.library.Library('kw_mm', 'DEF')
 
-# Said of operators since 2.2: nothing in them stops a compiler.
+# A tag since 2.2: the compiler can handle the operator.
 _tags: dict[str, Any] = dict(tags=[torch.Tag.pt2_compliant_tag]) if IS_POSSIBLE else {}
 
 
 def register_composite(schema: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Registers an operator ``kw_mm::<name>`` that is made of torch's own, its gradient too.
+    """Registers an operator ``kw_mm::<name>`` that is composed of torch's, with their gradient.
 
     Args:
         schema: Name, arguments without defaults, and result.
         function: What it computes.
 
     Returns:
-        A function that calls the operator. This much every version of torch can do.
+        A function that calls the operator. This works in every version of torch.
     """
     name = schema[:schema.index('(')]
     _library.define(schema, **_tags)
@@ -79,7 +79,7 @@ def register(schema: str, implementations: dict[str, ModuleType], fake: Callable
     base: Any = torch.autograd.function._SingleLevelFunction
 
     class Recorded(base):
-        """The operator in a graph of autograd, at whatever level of transforms it was called."""
+        """The operator in a graph of autograd, at any level of transforms."""
 
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Tensor:

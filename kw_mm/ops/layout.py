@@ -1,4 +1,4 @@
-"""Where mixtures lie in a kernel: from a kernel to its pieces and back, without copying."""
+"""Converts between kernels and their pieces without copying."""
 from __future__ import annotations
 
 import math
@@ -10,7 +10,7 @@ from .cell_storage import MIN_CELLS
 
 
 def cut_kernel(kernel: Tensor, grid: Sequence[int], cell_shape: Sequence[int]) -> Tensor:
-    """Cuts kernels into the pieces that mixtures are, the inverse of ``assemble_kernel``.
+    """Cuts kernels into mixtures, the inverse of how ``assemble_kernel`` arranges them.
 
     Args:
         kernel: ``(N, out, in / groups, *k)``.
@@ -39,9 +39,9 @@ def memory_shape(num_samples: int, grid: Sequence[int],
         cells_shape: ``(n, c_out, c_in, *k)``.
 
     Returns:
-        ``(N, out, positions, in / groups)``, as mixtures of single positions come and as
-        channels-last convolutions read them; else, and where cells are so few that putting their
-        mixtures into another order costs little, ``(N, out, in / groups, positions)``.
+        ``(N, out, positions, in / groups)`` if cells are single positions: mixtures then come in
+        this order, and channels-last convolutions read it. Otherwise, and with so few cells that
+        reordering costs little, ``(N, out, in / groups, positions)``.
     """
     num_positions, num_out_groups, num_in_groups = grid
     c_out, c_in, *cell_kernel = cells_shape[1:]
@@ -52,7 +52,7 @@ def memory_shape(num_samples: int, grid: Sequence[int],
 
 
 def has_positions_last(grid: Sequence[int], cells_shape: Sequence[int]) -> bool:
-    """Whether kernels lie in memory position before input channel."""
+    """Whether kernels are stored position before input channel."""
     return grid[0] > 1 and cells_shape[0] >= MIN_CELLS
 
 

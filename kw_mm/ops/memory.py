@@ -1,8 +1,8 @@
 """Large tensors on CPUs, from memory that need not be cleared each time.
 
-What is too large for malloc's pools comes from the system page by page, each cleared first, and
-goes back at once. To fill a kernel once takes no longer than that. GPUs have an allocator that
-keeps memory; for the kernels of one layer after another this one does.
+Memory too large for malloc's pools comes from the system, which clears it page by page, and is
+returned at once when freed. Clearing takes as long as filling a kernel. On GPUs torch keeps freed
+memory; here this is done for the kernels of one layer after another.
 """
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _free: dict[int, Tensor] = {}
 def reused_empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """``torch.empty(shape)`` on the CPU, in memory that is kept for the next such tensor.
 
-    Memory is handed out again when the tensor, and all that shares its memory, is gone: whoever
-    keeps one, a graph or another thread, keeps it for itself.
+    Memory is reused when the tensor, and all tensors that share its memory, are gone. A graph or
+    thread that keeps a tensor keeps its memory.
     """
     numel = math.prod(shape)
     num_bytes = numel * dtype.itemsize
@@ -41,15 +41,15 @@ def reused_empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype)
     piece = _take(num_bytes)
     loan = (ctypes.c_char * len(piece)).from_address(piece.data_ptr())
-    # The tensor holds the loan, which holds nothing.
+    # The tensor refers to the loan, which must not refer to the tensor.
     weakref.finalize(loan, _give_back, piece).atexit = False
     return torch.frombuffer(loan, dtype=dtype, count=numel).view(shape)
 
 
 def large_empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """``torch.empty(shape)`` on the CPU, in few large pages where the system has them on request.
+    """``torch.empty(shape)`` on the CPU, in large pages if the system has them.
 
-    Those are cleared faster, and found faster when the memory is used.
+    Large pages are cleared and accessed faster.
     """
     out = torch.empty(shape, dtype=dtype)
     advise = _madvise()

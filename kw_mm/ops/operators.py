@@ -1,14 +1,15 @@
-"""The operators of assembly, as PyTorch's dispatcher knows them.
+"""The operators of assembly in PyTorch's dispatcher.
 
 An operator has one schema, one rule for shapes, one gradient and one count of FLOPs, and an
 implementation for each kind of device. Compilers, tracers, transforms and modes see the operator;
 the dispatcher decides who computes it.
 
-Assembly is linear in the mixing weights and in the cells. So its two gradients are linear in what
-they take, and the gradients of these three are each other: derivatives of every order are here.
+Assembly is linear in the mixing weights and in the cells. So its two gradients are linear too, and
+the gradient of each of the three operators consists of the other two: these are derivatives of
+every order.
 
-Where torch has not what this takes, before 2.4, the functions of ``products`` serve under the same
-names, and torch differentiates them.
+Before torch 2.4, which lacks the functions for this, the functions of ``products`` have the same
+names here, and torch differentiates them.
 """
 from __future__ import annotations
 
@@ -129,7 +130,7 @@ else:
     # Its gradients
 
     def _assemble_pieces(alpha: Tensor, cells: Tensor, like: Tensor) -> Tensor:
-        """Mixtures of cells as pieces, which is what both gradients take."""
+        """Mixtures of cells as pieces, the form that both gradients take."""
         cells, grid = cells.flatten(3), like.shape[1:4]
         kernel = assemble(alpha, cells, grid, (grid[0] * cells.shape[3],), None, like.dtype)
         return cut_kernel(kernel, grid, cells.shape[1:])
@@ -186,7 +187,7 @@ else:
         if ctx.needs_input_grad[2]:
             factors = (by_block * weights).transpose(1, 2)
             grad_bases = (factors.to(grad.dtype) @ grad).to(bases.dtype)
-        # What each block gives to the products of weights and scales.
+        # The contribution of each block to the gradient of weights and scales.
         shares = (grad @ bases.transpose(1, 2).to(grad.dtype)).to(scales.dtype)
         grad_weights = (shares * by_block).sum(0).to(weights.dtype)
         # (N, OG, c_out, S, positions, IG) to (N, S, OG, IG)
@@ -209,7 +210,7 @@ else:
         'SymInt[] kernel_shape, ScalarType dtype) -> Tensor',
         _MODULES, _fake_mix_bases, _setup_mix_bases, _mix_bases_backward)
 
-    # Not at the top: what registers nothing has no such function.
+    # Imported here, because torch versions without operators lack it.
     from torch.utils.flop_counter import register_flop_formula
 
     # FLOPs, as torch counts them: multiplications and additions.

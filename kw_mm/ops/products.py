@@ -1,6 +1,6 @@
-"""What the operators compute, by torch's own products: on any device, in any precision.
+"""The operators with torch's own products, for any device and precision.
 
-All of it is differentiable, so that it also serves where torch has no operators of ours.
+All functions are differentiable, because they are also used where no operators are registered.
 """
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Seq
     if not alpha.dtype == cells.dtype == dtype:
         alphas, cells = alphas.to(dtype), cells.to(dtype)
     c_out, c_in = cells.shape[1:3]
-    # Whether mixtures one after the other, as a single product has them, are the kernel.
+    # Whether the result of a single product, mixtures one after the other, is the kernel.
     fits = grid[0] == grid[2] == 1 and scale is None
     rows = c_out if _takes_one_product(cells, alphas.shape[0], fits) else _rows_per_block(cells)
     if rows == c_out:
@@ -89,7 +89,7 @@ def mix_bases(weights: Tensor, scales: Tensor, bases: Tensor, grid: Sequence[int
 
 
 def scales_by_block(scales: Tensor, grid: Sequence[int], kernel_shape: Sequence[int]) -> Tensor:
-    """What mixtures have, ``(N, m)``, for each of their blocks of bases, ``(N, B)``."""
+    """Repeats values of mixtures, ``(N, m)``, for each of their blocks of bases, ``(N, B)``."""
     # (N, S, OG, IG) to (N, OG, c_out, S, positions, IG)
     by_place = scales.unflatten(1, grid).transpose(1, 2)[:, :, None, :, None, :]
     return by_place.expand(-1, *block_shape(grid, kernel_shape)).flatten(1)

@@ -1,7 +1,7 @@
-"""KernelWarehouse, literally: loops welcome, slow, nothing clever.
+"""KernelWarehouse as the method describes it, with slow loops.
 
-Each function has a fast twin of the same signature elsewhere in ``kw_mm.ops``; tests hold the
-two together. Symbols: N samples, m mixtures, n cells.
+Each function has a fast twin with the same signature elsewhere in ``kw_mm.ops``; tests compare the
+two. Symbols: N samples, m mixtures, n cells.
 """
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def mixing_weights(logits: Tensor, beta: Tensor, tau: Tensor) -> Tensor:
 
     Args:
         logits: z, ``(N, m, n + 1)``; the last column is the zero cell's.
-        beta: The initial assignment, ``(m, n)`` of 0 and 1; the zero cell's column is left out,
-            for it is dropped in the end.
+        beta: The initial assignment, ``(m, n)`` of 0 and 1, without the zero cell's column, which
+            is dropped in the end.
         tau: Temperature in [0, 1], 0-dimensional.
 
     Returns:
@@ -95,7 +95,7 @@ def basis_logits(rows: Tensor, fc3: Tensor, bias: Tensor, first_cell: int) -> Te
 
 def assemble_kernel(alpha: Tensor, cells: Tensor, grid: Sequence[int],
                     kernel_size: Sequence[int]) -> Tensor:
-    """``w_i = sum_j alpha_ij e_j``, the mixtures put in their places (method, section 4).
+    """``w_i = sum_j alpha_ij e_j``, arranged to a kernel (method, section 4).
 
     Args:
         alpha: ``(N, m, n)``; rows ordered (position, output group, input group).

@@ -1,13 +1,13 @@
-"""Kernel assembly in Triton: mixtures go from the product straight to their final places.
+"""Kernel assembly in Triton: products write mixtures directly to their final places.
 
-``cuda`` asks for these in the place of torch's products. They are compiled for GPUs in tests, and
-checked with Triton's interpreter; they have not run on a GPU yet.
+``cuda`` calls these instead of torch's products. Tests compile them for GPUs and run them in
+Triton's interpreter; they have not run on a GPU yet.
 
-A mixture is a row of alpha times the cells: few rows (samples times mixtures), very wide cells.
-So programs divide the columns (a column is one element of a cell), every program takes all
-rows, and the cells come from memory once. Neither the kernels nor their gradients are permuted:
-cut to pieces they have seven dimensions with any strides. Where an element lies is a sum of what
-depends on the row (sample, position, output group, input group) and of what depends on the column
+A mixture is a row of alpha times the cells: few rows (samples times mixtures), very wide cells. So
+the columns (a column is one element of a cell) are divided between programs, every program takes
+all rows, and cells are read once. Kernels and their gradients are not permuted: cut to pieces they
+have seven dimensions with any strides. The offset of an element is the sum of a part that depends
+on the row (sample, position, output group, input group) and a part that depends on the column
 (element of the cell).
 """
 from __future__ import annotations
@@ -24,17 +24,18 @@ from torch import Tensor
 from .layout import cut_kernel, memory_shape, view_as_kernel
 from .triton_support import block, dot_precision
 
-# What varies from batch to batch and is not worth compiling again.
+# Arguments that vary between batches, for which kernels are not compiled again.
 UNSPECIALIZED = ['num_rows', 'num_mixtures', 'out_groups', 'in_groups']
 
-# Programs at least, where there is enough to do: two for each of the 132 processors of an H100.
+# At least so many programs, if there is enough to do: two for each of the 132 processors of an
+# H100.
 NUM_PROGRAMS = 264
 
 
 @triton.jit
 def _row_places(rows, num_mixtures, out_groups, in_groups, stride_n, stride_s, stride_og,
                 stride_ig):
-    """What a row contributes to an offset in the kernels, which may exceed 2^31."""
+    """The part of offsets in the kernels that depends on the row; it may exceed 2^31."""
     mixtures = rows % num_mixtures
     return ((rows // num_mixtures).to(tl.int64) * stride_n
             + (mixtures // (out_groups * in_groups)).to(tl.int64) * stride_s
@@ -45,7 +46,7 @@ def _row_places(rows, num_mixtures, out_groups, in_groups, stride_n, stride_s, s
 @triton.jit
 def _columns(column_block, run, positions, stride_o, stride_i, stride_p, ALIGNED: tl.constexpr,
              BLOCK_D: tl.constexpr):
-    """A block's columns, and what they contribute to an offset in the kernels.
+    """A block's columns, and the part of offsets in the kernels that depends on them.
 
     ``run`` columns have the same output channel.
     """
@@ -55,7 +56,7 @@ def _columns(column_block, run, positions, stride_o, stride_i, stride_p, ALIGNED
               + (within // positions).to(tl.int64) * stride_i
               + (within % positions).to(tl.int64) * stride_p)
     if ALIGNED:
-        # Behind the remainder the compiler cannot see it, and would load and store single elements.
+        # After a remainder the compiler cannot see this, and would load and store single elements.
         places = tl.max_contiguous(tl.multiple_of(places, 16), 16)
     return columns, places
 
@@ -181,7 +182,7 @@ class _Layout(NamedTuple):
 
     @classmethod
     def of(cls, pieces: Tensor, num_cells: int) -> _Layout:
-        """Where pieces of kernels lie."""
+        """Reads the strides of pieces of kernels."""
         num_samples, num_positions, out_groups, in_groups, c_out, c_in, positions = pieces.shape
         num_mixtures = num_positions * out_groups * in_groups
         # The stride of a dimension of size 1 can be anything; 0 is a multiple of 16.
@@ -199,7 +200,7 @@ class _Layout(NamedTuple):
             num_stages=2 if dtype == torch.float64 else 3)
 
     def _is_aligned(self) -> bool:
-        """Whether 16 columns, from a multiple of 16 on, lie side by side, at such a multiple."""
+        """Whether 16 columns from a multiple of 16 on are contiguous, at an aligned offset."""
         side_by_side = 1
         for size, stride in ((self.positions, self.stride_p),
                              (self.run // self.positions, self.stride_i),
@@ -213,10 +214,10 @@ class _Layout(NamedTuple):
 
 def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Sequence[int],
              dtype: torch.dtype) -> Tensor:
-    """``operators.assemble`` without a scale; mixtures are written straight to their places.
+    """``operators.assemble`` without a scale; mixtures are written directly to their places.
 
-    Sums are in float32 (float64 for float64); float32 factors are rounded to TF32 where torch's own
-    products would be. Equal inputs give equal bits. A cell may have up to 2^31 elements.
+    Sums are in float32 (float64 for float64). float32 factors are rounded to TF32 if torch's own
+    products would be. Equal inputs give exactly equal results. A cell may have up to 2^31 elements.
     """
     memory = torch.empty(memory_shape(len(alpha), grid, cells.shape), dtype=dtype,
                          device=alpha.device)
@@ -236,7 +237,7 @@ def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Seq
 
 
 def assemble_grad_cells(pieces: Tensor, alpha: Tensor) -> Tensor:
-    """``operators.assemble_grad_cells``; pieces are read where they lie."""
+    """``operators.assemble_grad_cells``; pieces are not copied."""
     cells = torch.empty(alpha.shape[2], *pieces.shape[4:], dtype=pieces.dtype,
                         device=pieces.device)
     if pieces.numel() == 0:
@@ -254,7 +255,7 @@ def assemble_grad_cells(pieces: Tensor, alpha: Tensor) -> Tensor:
 
 
 def assemble_grad_alpha(pieces: Tensor, cells: Tensor) -> Tensor:
-    """``operators.assemble_grad_alpha``; pieces are read where they lie."""
+    """``operators.assemble_grad_alpha``; pieces are not copied."""
     shape = pieces.shape[0], math.prod(pieces.shape[1:4]), len(cells)
     factory: Any = dict(dtype=torch.promote_types(pieces.dtype, torch.float32),
                         device=pieces.device)
@@ -266,7 +267,7 @@ def assemble_grad_alpha(pieces: Tensor, cells: Tensor) -> Tensor:
                         block(layout.num_cells, 16, most))
     block_d = block(layout.num_columns, 16, terms)
     tiles = triton.cdiv(layout.num_rows, block_r) * triton.cdiv(layout.num_cells, block_c)
-    # By shapes alone, and added up in a fixed order: the same bits every time.
+    # It depends on shapes only, and the order of sums is fixed, so results are always the same.
     splits = _programs(triton.cdiv(layout.num_columns, block_d), tiles)
     partial = torch.empty(splits, *shape, **factory)
     with torch.cuda.device_of(pieces):
@@ -279,9 +280,8 @@ def assemble_grad_alpha(pieces: Tensor, cells: Tensor) -> Tensor:
 def _blocks(dtype: torch.dtype, num_columns: int) -> tuple[int, int, int]:
     """At most this many rows or cells in an output tile, terms of a sum, and columns at a time.
 
-    As many as registers hold: ptxas reports next to no spills, and larger tiles spill. Shared
-    memory stays below 80 KB. Cells of few elements are cut finer, so that there are enough
-    programs.
+    They fill the registers: ptxas reports hardly any spills, and larger tiles spill. Shared memory
+    stays below 80 KB. Small cells are cut finer, so that there are enough programs.
     """
     if dtype == torch.float64:
         return 32, 16, block(num_columns, 16, 64)
@@ -290,5 +290,5 @@ def _blocks(dtype: torch.dtype, num_columns: int) -> tuple[int, int, int]:
 
 
 def _programs(tiles: int, others: int) -> int:
-    """Programs to share tiles, beside ``others`` in the grid's other direction."""
+    """The number of programs that share tiles, with ``others`` in the grid's other direction."""
     return max(min(tiles, NUM_PROGRAMS // max(others, 1)), 1)

@@ -19,7 +19,7 @@ LEAST_CAPABILITY = (8, 0)
 
 
 def is_usable(*tensors: Tensor) -> bool:
-    """Tells whether the functions in ``triton_assembly`` take these.
+    """Whether the functions in ``triton_assembly`` take these tensors.
 
     They need Triton, and tensors of a supported dtype, all on one CUDA device of
     capability 8.0 or more; with ``TRITON_INTERPRET=1`` in the environment before Triton is
@@ -27,14 +27,14 @@ def is_usable(*tensors: Tensor) -> bool:
     That module can only be imported where Triton is installed.
 
     Args:
-        tensors: All that the function will be given; at least one.
+        tensors: All tensors for the function; at least one.
     """
     device = tensors[0].device
     if not all(t.device == device and t.dtype in DTYPES for t in tensors) or not _is_installed():
         return False
     if _is_interpreted():
         return all(t.dtype != torch.bfloat16 for t in tensors)
-    # Nobody has tried them on AMD's, which torch calls CUDA devices as well.
+    # Untested on AMD's GPUs, which torch calls CUDA devices as well.
     return (device.type == 'cuda' and torch.version.hip is None
             and _capability(device.index) >= LEAST_CAPABILITY)
 
