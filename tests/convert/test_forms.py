@@ -200,6 +200,14 @@ def test_networks_of_openmmlab(name):
     assert error(outputs(net, x), outputs(static, x)) < 1e-9
 
 
+def test_numbered_blocks_share_warehouses():
+    # Each block was a stage of its own, and most layers would have had a single cell.
+    plan = plan_conversion(SEG_MODELS.build(dict(type='MobileNetV3', arch='small'))).plan
+    assert len(plan.layers) > len(plan.static)
+    assert any(len(warehouse.layers) > 4 for warehouse in plan.warehouses)
+    assert plan.num_attention_parameters < plan.num_static_parameters
+
+
 class Stored(nn.Module):
     """One layer of each kind."""
 

@@ -37,6 +37,11 @@ def resnet():
                   layer2=nn.Sequential(Block()))
 
 
+def numbered(num):
+    """Blocks without a list, like those of MMSegmentation's MobileNetV3."""
+    return module(**{f'layer{i}': Block() for i in range(num)})
+
+
 @pytest.mark.parametrize('root, layer, stage', [
     (resnet(), 'conv1', ''),
     (resnet(), 'layer1.0.downsample.0', 'layer1'),
@@ -54,6 +59,9 @@ def resnet():
      'stage2.0.branches.0.0.conv1', 'stage2'),
     (module(features=module(dense1=module(layer1=Block(), layer2=Block()))),
      'features.dense1.layer2.conv1', 'features.dense1'),
+    (numbered(6), 'layer5.conv1', 'layer5'),
+    (numbered(7), 'layer5.downsample.0', ''),
+    (module(backbone=numbered(12)), 'backbone.layer11.conv1', 'backbone'),
     (module(conv1=module(conv=conv())), 'conv1.conv', 'conv1'),
     (module(head=module(fc2=module(linear=nn.Linear(4, 4)), fc=nn.Linear(4, 4))),
      'head.fc', 'head'),
