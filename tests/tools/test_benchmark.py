@@ -67,6 +67,13 @@ def test_a_tiny_suite_without_a_gpu(monkeypatch, capsys, tmp_path):
     assert len(found['checks']) == 2
 
 
+def test_memory_where_the_system_does_not_tell_it(monkeypatch, capsys):
+    # On Windows: No module named 'resource'.
+    monkeypatch.setattr(speed, 'CAN_MEASURE_CPU', False)
+    assert speed.main([*TINY, '--device', 'cpu', '--budgets', '1', '--memory', '2x32x32']) == 0
+    assert 'this system does not tell the memory of a process' in capsys.readouterr().out
+
+
 @pytest.mark.parametrize('argv, message', [
     ([], 'nothing to measure'),
     (['--inference', '224'], 'a shape must be BATCHxHEIGHTxWIDTH'),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -23,8 +24,10 @@ from .programs import run_once, training
 from .setting import Workload
 from .timing import Phases
 
-NUM_STEPS = 2  # in the second step there is an optimizer state
 _STATUS = Path('/proc/self/status')
+# Elsewhere, as on Windows, nothing tells the memory of a process.
+CAN_MEASURE_CPU = _STATUS.exists() or find_spec('resource') is not None
+NUM_STEPS = 2  # in the second step there is an optimizer state
 
 
 def measure_memory(subject: Subject, workload: Workload, static: bool = False) -> int:
@@ -74,7 +77,7 @@ def _status(field: str) -> int:
         for line in _STATUS.read_text().splitlines():
             if line.startswith(f'{field}:'):
                 return int(line.split()[1]) * 1024
-    # Unix alone has it. In kilobytes, on macOS in bytes.
     import resource
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # In kilobytes, on macOS in bytes.
     return peak if sys.platform == 'darwin' else peak * 1024

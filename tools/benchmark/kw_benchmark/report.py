@@ -11,6 +11,7 @@ from .parity import Check
 from .timing import Ratio
 
 NO_GPU = 'no GPU at hand, the script is ready'
+NO_MEMORY = 'this system does not tell the memory of a process'
 NOTHING = '-'
 HOW_TO_READ = (
     'Times are medians; ratios are medians of neighbours in time (lowest..highest). The floor is '

@@ -32,9 +32,10 @@ from .backbones import compare
 from .detectors import compare_detectors
 from .layers import compare_layers
 from .machine import Rates, describe, measure_rates
+from .memory import CAN_MEASURE_CPU
 from .networks import BACKBONES, SHAPE, Subject
 from .parity import ParityError, check_network
-from .report import NO_GPU, Report
+from .report import NO_GPU, NO_MEMORY, Report
 from .setting import KINDS, Setting, Workload, paper_suite, parse_shape
 
 
@@ -164,8 +165,8 @@ def measure(args: argparse.Namespace, setting: Setting, workloads: Sequence[Work
         for subject in subjects:
             start(f'{workload.name}, {subject.label}')
             row: dict[str, Any] = dict(workload=workload.name, kind=workload.kind,
-                                       budget=subject.budget, missing=NO_GPU)
-            if workload.setting.at_hand:
+                                       budget=subject.budget, missing=_missing(workload))
+            if not row['missing']:
                 row = compare(subject, workload, rates(workload.setting), args.memory_budget,
                               **timing)
             report.rows.append(dict(row, backbone=subject.name))
@@ -177,6 +178,15 @@ def measure(args: argparse.Namespace, setting: Setting, workloads: Sequence[Work
         start(' and '.join(args.whole))
         report.checks[f'the backbone of {args.whole[0]}'], report.detectors = compare_detectors(
             *args.whole, args.shape, setting, args.memory_budget, args.parity_shape, **timing)
+
+
+def _missing(workload: Workload) -> str | None:
+    """Why a workload cannot be measured here, or None."""
+    if not workload.setting.at_hand:
+        return NO_GPU
+    if workload.kind == 'memory' and not (workload.setting.on_cuda or CAN_MEASURE_CPU):
+        return NO_MEMORY
+    return None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
