@@ -204,7 +204,9 @@ def test_numbered_blocks_share_warehouses():
     # Each block was a stage of its own, and most layers would have had a single cell.
     plan = plan_conversion(SEG_MODELS.build(dict(type='MobileNetV3', arch='small'))).plan
     assert len(plan.layers) > len(plan.static)
-    assert any(len(warehouse.layers) > 4 for warehouse in plan.warehouses)
+    blocks = [{layer.spec.name.partition('.')[0] for layer in warehouse.layers}
+              for warehouse in plan.warehouses]
+    assert any(len(sharing) > 2 for sharing in blocks)
     assert plan.num_attention_parameters < plan.num_static_parameters
 
 
