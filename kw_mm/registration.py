@@ -9,7 +9,14 @@ from mmengine.registry import HOOKS, MODELS, WEIGHT_INITIALIZERS
 
 from .engine.hooks import KWTemperatureHook, RandomStateHook
 from .layers import KWConv1d, KWConv2d, KWConv3d, KWLinear
-from .models import KWConverted, KWConvNeXt, KWMobileNetV2, KWResNet, StaticPretrained
+from .models import (
+    KWConverted,
+    KWConvNeXt,
+    KWMobileNetV2,
+    KWResNet,
+    StaticPretrained,
+    WithOwnRandomNumbers,
+)
 
 
 def register_all() -> None:
@@ -19,7 +26,8 @@ def register_all() -> None:
     for backbone in (KWResNet, KWConvNeXt, KWMobileNetV2):
         name = backbone.__name__
         MODELS.register_module(name=[name, name.replace('KW', 'KW_')], module=backbone)
-    MODELS.register_module(module=KWConverted)
+    for builder in (KWConverted, WithOwnRandomNumbers):
+        MODELS.register_module(module=builder)
     WEIGHT_INITIALIZERS.register_module(module=StaticPretrained)
     for hook in (KWTemperatureHook, RandomStateHook):
         HOOKS.register_module(module=hook)
