@@ -2,7 +2,9 @@
 
 If OpenMMLab is not installed, the tests of the core run and the others are skipped.
 """
+import copy
 import functools
+import gc
 import importlib.util
 import traceback
 from pathlib import Path
@@ -29,6 +31,14 @@ def missing_package(error):
     return name if name in MISSING and asked else None
 
 
+
+
+def pytest_collection_finish():
+    """Spares every later garbage collection the million objects of imports and collected tests."""
+    gc.collect()
+    gc.freeze()
+
+
 if MISSING:
     class TestFile(pytest.Module):
         """A file of tests that is skipped if it imports a missing package."""
@@ -53,6 +63,7 @@ if MISSING:
             pytest.skip(f'{name} is not installed')
 
 if importlib.util.find_spec('mmengine'):
+    import mmengine
     from mmengine.config import config, utils
     from mmengine.registry import DefaultScope
     from mmengine.runner import runner
@@ -73,9 +84,27 @@ if importlib.util.find_spec('mmengine'):
 
         return lambda text, style_config: formatted(text, tuple(style_config.items()))
 
-    # These give the same result each time.
+    # Configs of OpenMMLab and of ours, which no test changes.
+    READ_ONLY = Path(mmengine.__file__).parents[1], Path(__file__).parents[1] / 'configs'
+
+    def read_once(read):
+        """Reads each file once: configs have a dozen bases, and share most of them."""
+        cached = functools.cache(read)
+
+        def file2dict(filename, *args, **kwargs):
+            path = Path(filename).resolve()
+            if not any(folder in path.parents for folder in READ_ONLY):
+                return read(filename, *args, **kwargs)
+            return copy.deepcopy(cached(str(path), *args, **kwargs))
+
+        return staticmethod(file2dict)
+
+    # What follows gives the same result each time.
+    config.Config._file2dict = read_once(config.Config._file2dict)
     config.FormatCode = format_once(config.FormatCode)
     # For every `mmdet::` base of a config mmengine reads all hundred metafiles of the package.
     utils.load = functools.cache(utils.load)
-    # Every runner asks compilers for their versions.
+    # It imports pkg_resources anew to learn whether a package is there.
+    config.is_installed = functools.cache(config.is_installed)
+    # It asks compilers for their versions whenever a runner is built.
     runner.collect_env = functools.cache(runner.collect_env)
