@@ -27,17 +27,17 @@ from kw_mm.ops import use_cpu_products
 
 BATCH = 4
 NUM_CLASSES = 3
-SHAPE = 64, 96
+SHAPE = 32, 64  # the time of two stages grows with the number of anchors
 
 
 def model_key(name):
-    """The family of a config, and its backbone without the budget."""
-    family, file = name.split('/')
+    """Of a config: its method, and its backbone whatever the budget."""
+    file = name.split('/')[1]
     backbone = re.search('r18|r50|convnext|mobilenet|regnet|swin', file)
-    return family, backbone.group(), file.split('_')[0]
+    return backbone.group(), file.split('_')[0]
 
 
-# One config of each family and backbone, and ConvNeXt's static twin, which was wrong too.
+# One config of each method and backbone; ConvNeXt's static twin, which was wrong as well.
 MODELS = list({model_key(name): name for name in CONFIGS if '_kw' in name}.values()) + [
     'mask_rcnn/mask-rcnn_convnext-t_fpn_ms-adamw-1x_coco.py']
 
@@ -148,7 +148,7 @@ def make_samples(name, num):
             continue
         from mmdet.structures.mask import BitmapMasks
         corners = torch.rand(3, 2, generator=generator) * torch.tensor([width / 2, height / 2])
-        sizes = torch.rand(3, 2, generator=generator) * 25 + 8
+        sizes = torch.rand(3, 2, generator=generator) * 8 + 8
         boxes = torch.cat((corners, corners + sizes), 1)
         masks = torch.zeros(3, *SHAPE, dtype=torch.uint8)
         for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist()):
@@ -221,7 +221,8 @@ def products():
     use_cpu_products(True)
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', [
+    name if 'shapes' in name else pytest.param(name, marks=pytest.mark.slow) for name in MODELS])
 def test_a_model_agrees_with_itself(name, products):
     formats = torch.contiguous_format, torch.channels_last
     with DefaultScope.overwrite_default_scope('mmseg' if name in SEG_CONFIGS else 'mmdet'):
