@@ -1,30 +1,27 @@
-"""A user's whole job, in small: train, get killed, resume, test; and the demo."""
-import importlib.util
+"""The main job as a user does it, in small: train, die, resume, test; and the demo."""
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import pytest
 import torch
+from forks import PATIENCE, ROOT, finish, load_tool, run_ranks, start_tool
+from mmdet.utils import register_all_modules
 
 from kw_mm import KWResNet
 from kw_mm.datasets import write_shapes
+from kw_mm.engine import local_training
 
-ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / 'configs' / 'demo' / 'mask-rcnn_kw1x-r18_fpn_shapes.py'
 SEG_CONFIG = ROOT / 'configs' / 'demo' / 'fpn_kw1x-r18_shapes.py'
-
-# Seconds after which a process counts as hanging. On a busy machine a run took more than 300.
-PATIENCE = 1800
 
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
+    # Once here, not in each child.
+    register_all_modules(init_default_scope=False)
     return write_shapes(tmp_path_factory.mktemp('shapes'), num_train=16, num_val=4, size=64).root
 
 
@@ -37,17 +34,6 @@ def options(data):
             f'test_dataloader.dataset.data_root={data}/',
             f'val_evaluator.ann_file={data}/annotations/instances_val.json',
             f'test_evaluator.ann_file={data}/annotations/instances_val.json']
-
-
-def start(tool, config, *args):
-    return subprocess.Popen([sys.executable, ROOT / 'tools' / tool, config, *map(str, args)],
-                            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(process):
-    output, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, output
-    return output
 
 
 def losses(work_dir):
@@ -69,28 +55,31 @@ def test_a_killed_run_resumes_to_the_bit(data, tmp_path):
     torch.save(static.state_dict(), weights)
     config.write_text(f'_base_ = {str(CONFIG)!r}\nmodel = dict(backbone=dict(init_cfg=dict('
                       f"_delete_=True, type='StaticPretrained', checkpoint={str(weights)!r})))\n")
-    output = finish(start('train.py', config, '--work-dir', whole, *options(data)))
+    log = tmp_path / 'output.txt'
+    output = finish(start_tool('train.py', config, '--work-dir', whole, *options(data), log=log),
+                    log)
     assert f'KWResNet starts from the static weights of {weights}' in output
 
-    process = start('train.py', config, '--work-dir', killed, *options(data))
+    process = start_tool('train.py', config, '--work-dir', killed, *options(data), log=log)
     deadline = time.monotonic() + PATIENCE
     while not losses(killed):  # the second epoch has begun
-        assert process.poll() is None, process.communicate()[0]
+        assert process.is_alive(), log.read_text()
         assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (killed / 'epoch_2.pth').exists()
-    weights.unlink()  # a checkpoint has everything that is needed to resume
-    time.sleep(1)  # names of logs contain the second
-    output = finish(start('train.py', config, '--work-dir', killed, '--resume', *options(data)))
+    weights.unlink()  # a checkpoint has everything that it takes to go on
+    time.sleep(1)  # logs are told apart by the second
+    output = finish(start_tool('train.py', config, '--work-dir', killed, '--resume',
+                               *options(data), log=log), log)
     assert 'epoch_1.pth' in output
 
     assert sorted(losses(whole)) == [5, 6, 7, 8]
     assert losses(killed) == losses(whole)
-    output = finish(start('test.py', config, killed / 'epoch_2.pth', '--work-dir',
-                          tmp_path / 'test', *options(data)))
+    output = finish(start_tool('test.py', config, killed / 'epoch_2.pth', '--work-dir',
+                               tmp_path / 'test', *options(data), log=log), log)
     assert 'coco/segm_mAP' in output
     # "The testing results of the whole dataset is empty", and exit status 0.
     process = start('test.py', config, killed / 'epoch_2.pth', '--work-dir', tmp_path / 'static',
@@ -108,9 +97,14 @@ def test_a_killed_run_resumes_to_the_bit(data, tmp_path):
 def test_the_demo_trains_shows_and_is_not_repeated(config, widths, kind, figure, tmp_path, capsys,
                                                    monkeypatch):
     monkeypatch.chdir(ROOT)
-    spec = importlib.util.spec_from_file_location('demo', ROOT / 'tools' / 'demo.py')
-    demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo)
+    demo = load_tool('demo.py')
+    if config == SEG_CONFIG:
+        # The detector is trained by torch.distributed.run, which takes most of the time.
+        def fork(command, **kwargs):
+            tool, *argv = command[command.index('--standalone') + 2:]
+            run_ranks(load_tool(tool.name).main, argv, num=2, log=tmp_path / 'output.txt')
+
+        monkeypatch.setattr(local_training, 'subprocess', SimpleNamespace(run=fork))
     small = tmp_path / 'small.py'
     small.write_text(f'_base_ = {str(config)!r}\n'
                      'model = dict(backbone=dict(base_channels=8), '
