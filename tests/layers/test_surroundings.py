@@ -1,14 +1,13 @@
-"""KW layers in training: copies, compilers, wrappers, checkpoints."""
-import os
-import subprocess
+"""KW layers under what training puts them through: copies, compilers, wrappers, checkpoints."""
 import sys
-import textwrap
-from pathlib import Path
 
 import copies
 import pytest
 import torch
+import torch.distributed as dist
+from forks import run_ranks
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from kw_mm import ConvSpec, KWConv2d, plan_warehouses, set_temperature
@@ -144,45 +143,31 @@ def test_a_checkpoint_of_another_budget_is_told():
         Net(cell_num_ratio=2).load_state_dict(Net().state_dict(), strict=False)
 
 
-DDP_SCRIPT = """
-import sys, torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-sys.path[:0] = {folders!r}
-from test_surroundings import Net
-
-dist.init_process_group('gloo')
-for norm in ('LN', 'BN1d'):
-    torch.manual_seed(0)
-    net = Net(attn_norm=norm).double()
-    net.train(norm == 'LN')  # in training a batch norm's statistics are each process's own
-    x = torch.randn(6, 4, 5, 6).double()
-    net(x).square().mean().backward()
-    expected = [p.grad.clone() for p in net.parameters()]
-    ddp = DistributedDataParallel(net)  # find_unused_parameters stays off
-    for step in range(2):  # a parameter left out of the first step raises in the second
-        net.zero_grad()
-        rank = dist.get_rank()
-        ddp(x[3 * rank:3 * rank + 3]).square().mean().backward()
-    for p, grad in zip(net.parameters(), expected):
-        torch.testing.assert_close(p.grad, grad, rtol=1e-10, atol=1e-12)
-# gloo's threads end with the group, and that with the last model; at exit they would abort.
-del ddp
-dist.destroy_process_group()
-"""
+def check_ddp():
+    """In each of two processes."""
+    dist.init_process_group('gloo')
+    for norm in ('LN', 'BN1d'):
+        torch.manual_seed(0)
+        net = Net(attn_norm=norm).double()
+        net.train(norm == 'LN')  # in training a batch norm's statistics are each process's own
+        x = torch.randn(6, 4, 5, 6).double()
+        net(x).square().mean().backward()
+        expected = [p.grad.clone() for p in net.parameters()]
+        ddp = DistributedDataParallel(net)  # find_unused_parameters stays off
+        for _ in range(2):  # a parameter left out of the first step raises in the second
+            net.zero_grad()
+            rank = dist.get_rank()
+            ddp(x[3 * rank:3 * rank + 3]).square().mean().backward()
+        for p, grad in zip(net.parameters(), expected):
+            torch.testing.assert_close(p.grad, grad, rtol=1e-10, atol=1e-12)
+    # gloo's threads end with the group, and that with the last model; at exit they would abort.
+    del ddp
+    dist.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == 'win32', reason='processes cannot be forked')
 def test_two_process_ddp_gives_the_gradients_of_the_global_batch(tmp_path):
-    script = tmp_path / 'train.py'
-    script.write_text(textwrap.dedent(DDP_SCRIPT.format(
-        folders=[str(folder) for folder in Path(__file__).parents[:2]])))
-    result = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2',
-         '--rdzv-backend=c10d', '--rdzv-endpoint=localhost:0', str(script)],
-        capture_output=True, text=True, timeout=120,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert result.returncode == 0, result.stderr
+    run_ranks(check_ddp, num=2, log=tmp_path / 'output.txt')
 
 
 def test_channels_last():

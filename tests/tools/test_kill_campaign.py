@@ -1,15 +1,12 @@
 """tools/analysis_tools/kill_campaign.py on a detector and a segmentor."""
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from forks import ROOT, finish, load_tool, start_tool
+from toy_training import make_fast
 
 from kw_mm.datasets import write_shapes
 
-ROOT = Path(__file__).parents[2]
-TOOL = ROOT / 'tools' / 'analysis_tools' / 'kill_campaign.py'
 CONFIGS = ROOT / 'configs' / 'demo'
+TOOL = 'analysis_tools/kill_campaign.py'
 
 DETECTOR = """
 _base_ = {base!r}
@@ -42,18 +39,16 @@ def changes(data, config):
 @pytest.mark.parametrize('base, text', [
     ('mask-rcnn_kw1x-r18_fpn_shapes.py', DETECTOR), ('fpn_kw1x-r18_shapes.py', SEGMENTOR)],
     ids=['detector', 'segmentor'])
-def test_a_few_kills(tmp_path, base, text):
+def test_a_few_kills(tmp_path, base, text, capsys, monkeypatch):
+    make_fast(monkeypatch)
     data = write_shapes(tmp_path / 'shapes', num_train=8, num_val=2, size=64).root
     config = tmp_path / 'small.py'
     config.write_text(text.format(base=str(CONFIGS / base)))
-
-    def run(*argv):
-        return subprocess.run(
-            [sys.executable, TOOL, config, '--work-dir', tmp_path / 'runs', *argv],
-            cwd=ROOT, capture_output=True, text=True)
-
-    done = run('--kills', '2', *changes(data, base))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert 'together' in done.stdout and ': the same; 2 kills so far' in done.stdout
-    again = run()
-    assert again.returncode == 2 and 'exists already' in again.stderr
+    argv = [str(config), '--work-dir', str(tmp_path / 'runs')]
+    log = tmp_path / 'output.txt'
+    output = finish(start_tool(TOOL, *argv, '--kills', '2', *changes(data, base), log=log), log)
+    assert 'together' in output and ': the same; 2 kills so far' in output
+    with pytest.raises(SystemExit) as exit_:
+        load_tool(TOOL).main(argv)
+    assert exit_.value.code == 2
+    assert 'exists already' in capsys.readouterr().err
