@@ -112,3 +112,5 @@ def test_tools_are_importable_by_their_pages():
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         assert module.make_parser().format_help()
+        # Other tests call their main.
+        assert Path(spec.origin).read_text().endswith("\nif __name__ == '__main__':\n    main()\n")

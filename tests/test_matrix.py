@@ -58,7 +58,7 @@ class Checked:
               with_grad: bool = False) -> None:
         """Checks that a function computes what the network should."""
         x = self.x if x is None else x
-        assert error(outputs(function, x, with_grad), self.exact(x)) < bound
+        assert error(outputs(function, x, with_grad), expected(self.name, *x.shape)) < bound
 
     def check_gradients(self, found: Mapping[str, Tensor], bound: float = 1e-3) -> None:
         """Checks the gradients of the loss for ``self.x``."""
@@ -70,6 +70,12 @@ class Checked:
 def build(name: str) -> nn.Module:
     torch.manual_seed(0)
     return MODELS[name]() if name in OPTIMISED else randomise(MODELS[name]())
+
+
+@functools.cache
+def expected(name: str, batch: int, channels: int, height: int, width: int) -> tuple[Tensor, ...]:
+    """The outputs in double precision for images of a size, which are the same in every check."""
+    return Subject(name).exact(images(batch, height, width))
 
 
 def images(batch: int, height: int, width: int) -> Tensor:
@@ -140,8 +146,8 @@ def pickled(s):
         s.check(twin)
 
 
-def spawned(s, processes):
-    s.check(lambda x: tuple(map(torch.from_numpy, processes.submit(run, s.net, x).result())))
+def spawned(s, other_process):
+    s.check(lambda x: tuple(map(torch.from_numpy, other_process.submit(run, s.net, x).result())))
 
 
 def compiled(s):
@@ -163,9 +169,9 @@ def traced(s):
             for x in others:
                 s.check(graph, x)
     found = run_in_threads(lambda i: [outputs(trace, x) for _ in range(3) for x in others], 4)
-    expected = [s.exact(x) for x in others]
+    exacts = [expected(s.name, *x.shape) for x in others]
     for results in found:
-        for result, exact in zip(results, 3 * expected, strict=True):
+        for result, exact in zip(results, 3 * exacts, strict=True):
             assert error(result, exact) < SINGLE
     if s.learns:
         s.check_gradients(gradients(s.net, s.x, trace))
@@ -348,9 +354,16 @@ REFUSED = {
 
 
 @pytest.fixture(scope='module')
+def other_process():
+    """Another process, which starts from nothing."""
+    with ProcessPoolExecutor(1, get_context('spawn')) as pool:
+        yield pool
+
+
+@pytest.fixture(scope='module')
 def processes():
-    """Two new processes."""
-    with ProcessPoolExecutor(2, get_context('spawn')) as pool:
+    """Two forks of this process; threads do not survive a fork."""
+    with ProcessPoolExecutor(2, get_context('fork'), torch.set_num_threads, (1,)) as pool:
         yield pool
 
 
@@ -358,7 +371,7 @@ def processes():
 @pytest.mark.parametrize('check', CHECKS, ids=lambda check: check.__name__)
 def test_matrix(name, check, request):
     fixtures = [request.getfixturevalue(parameter)
-                for parameter in ('processes', 'tmp_path')
+                for parameter in ('other_process', 'processes', 'tmp_path')
                 if parameter in inspect.signature(check).parameters]
     refusal = REFUSED.get((check, name))
     if refusal is None:
