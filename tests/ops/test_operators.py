@@ -55,7 +55,8 @@ def bases_inputs(dtype=torch.float64):
 
 
 @needs_operators
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('dtype', [torch.float32,
+                                   pytest.param(torch.float64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('case', SIZES)
 def test_the_dispatcher_s_own_checks(case, dtype):
     # Tests of the schema, shapes and strides of fakes, autograd, and compilation with static and

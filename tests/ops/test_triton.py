@@ -6,13 +6,17 @@ one of the pinned packages.
 """
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+
+from kw_mm.ops import cuda, products
 
 HERE = Path(__file__).resolve().parent
 
@@ -21,11 +25,10 @@ pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='Triton exists f
 HAS_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
-def run(arguments: list[str], tmp_path: Path, interpret: bool, **variables: str) -> None:
-    """Runs python in a new process; its output is shown if it fails."""
+def run(arguments: list[str], tmp_path: Path, interpret: bool) -> None:
+    """Runs python in a new process; all it wrote is shown if it fails."""
     environment = {**os.environ, 'TRITON_INTERPRET': str(int(interpret)), 'OMP_NUM_THREADS': '1',
-                   'TRITON_CACHE_DIR': str(tmp_path), 'PYTHONPATH': str(HERE.parents[1]),
-                   **variables}
+                   'TRITON_CACHE_DIR': str(tmp_path), 'PYTHONPATH': str(HERE.parents[1])}
     done = subprocess.run([sys.executable, *arguments], env=environment, cwd=HERE.parents[1],
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
     assert done.returncode == 0, done.stdout
@@ -65,23 +68,23 @@ assert 'torch._dynamo' not in sys.modules
 """], tmp_path, interpret=False)
 
 
-@pytest.mark.parametrize('wanted', ['0', '1'])
-def test_the_switch_in_the_environment(tmp_path: Path, wanted: str) -> None:
-    # The implementations for GPUs with tensors that Triton cannot take: at most one warning.
-    run(['-c', f"""
-import warnings
-import torch
-from kw_mm import ops
-from kw_mm.ops import cuda, products
-
-inputs = (torch.rand(2, 9, 4), torch.rand(4, 3, 5, 1, 1), (9, 1, 1), (3, 3), None, torch.float32)
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter('always')
-    for _ in range(2):
-        torch.testing.assert_close(cuda.assemble(*inputs), products.assemble(*inputs))
-assert [w.category for w in caught] == [RuntimeWarning] * {wanted}
-ops.use_triton(False)
-with warnings.catch_warnings():
-    warnings.simplefilter('error')
-    cuda.assemble(*inputs)
-"""], tmp_path, interpret=False, KW_MM_TRITON=wanted)
+@pytest.mark.parametrize('wanted', [0, 1])
+def test_the_switch_in_the_environment(wanted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What GPUs compute, asked for with tensors of which Triton takes none: said once, if at all.
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False)
+    monkeypatch.setenv('KW_MM_TRITON', str(wanted))
+    # The module once more, for it asks the environment when it is imported.
+    spec = importlib.util.spec_from_file_location('kw_mm.ops.another_cuda', cuda.__file__)
+    another = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(another)
+    inputs = (torch.rand(2, 9, 4), torch.rand(4, 3, 5, 1, 1), (9, 1, 1), (3, 3), None,
+              torch.float32)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        for _ in range(2):
+            torch.testing.assert_close(another.assemble(*inputs), products.assemble(*inputs))
+    assert [w.category for w in caught] == [RuntimeWarning] * wanted
+    another.use_triton(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        another.assemble(*inputs)
