@@ -7,6 +7,7 @@ attention, was tested with half of its layers at random; the tool reported AP 0.
 import copy
 import functools
 import importlib.util
+import itertools
 import re
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from kw_mm.engine.local_training import use_shapes
 from kw_mm.layers.loading import CheckpointMismatch
 
 ROOT = Path(__file__).parents[2]
+# Runners of one name that start in the same second share a logger, whose output may be closed.
+NAMES = (f'loading{i}' for i in itertools.count())
 CONFIGS = dict(det='mask-rcnn_kw1x-r18_fpn_shapes.py', seg='fpn_kw1x-r18_shapes.py')
 # By name: the differences from the config, and the error.
 OTHERS = dict(
@@ -67,6 +70,7 @@ def config(kind, data, **changes):
         if value is None:
             cfg.model.backbone.pop(name.partition('.')[2])
     cfg.work_dir = str(Path(data.root) / 'work')
+    cfg.experiment_name = next(NAMES)
     return cfg
 
 
