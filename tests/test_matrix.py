@@ -338,8 +338,9 @@ def counted(s):
 slow = pytest.mark.slow
 CHECKS = [in_evaluation, in_training, deepcopied, pickled, called_functionally, transformed,
           in_mixed_precision, in_double_precision, built_on_the_meta_device, averaged_by_ema,
-          averaged_by_swa, saved_as_safetensors, replicated, counted, symbolically_traced, traced,
-          pytest.param(exported, marks=slow), pytest.param(compiled, marks=slow),
+          averaged_by_swa, saved_as_safetensors, replicated, counted, symbolically_traced,
+          pytest.param(traced, marks=slow), pytest.param(exported, marks=slow),
+          pytest.param(compiled, marks=slow),
           pytest.param(spawned, marks=slow), pytest.param(sharded, marks=slow),
           pytest.param(sharded_by_size, marks=slow)]
 

@@ -54,6 +54,7 @@ def test_compiled_without_a_gpu(tmp_path: Path) -> None:
     run(pytest_arguments('triton_compile_suite.py'), tmp_path, interpret=False)
 
 
+@pytest.mark.slow
 def test_kw_mm_works_without_triton(tmp_path: Path) -> None:
     run(['-c', """
 import sys

@@ -43,6 +43,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('lacks, has_operators, name', [
     ("torch.autograd.function, '_SingleLevelFunction'", False, '_SingleLevelFunction'),
     ("torch._C, '_current_graph_task_id'", True, '_current_graph_task_id')])
