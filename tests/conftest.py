@@ -31,8 +31,6 @@ def missing_package(error):
     return name if name in MISSING and asked else None
 
 
-
-
 def pytest_collection_finish():
     """Spares every later garbage collection the million objects of imports and collected tests."""
     gc.collect()
