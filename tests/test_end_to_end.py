@@ -82,11 +82,10 @@ def test_a_killed_run_resumes_to_the_bit(data, tmp_path):
                                tmp_path / 'test', *options(data), log=log), log)
     assert 'coco/segm_mAP' in output
     # "The testing results of the whole dataset is empty", and exit status 0.
-    process = start('test.py', config, killed / 'epoch_2.pth', '--work-dir', tmp_path / 'static',
-                    *options(data), 'model.backbone.init_cfg=None', 'model.backbone.static=True',
-                    'model.backbone.kw_cfg=None')
-    output, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 2
+    output = finish(start_tool(
+        'test.py', config, killed / 'epoch_2.pth', '--work-dir', tmp_path / 'static',
+        *options(data), 'model.backbone.init_cfg=None', 'model.backbone.static=True',
+        'model.backbone.kw_cfg=None', log=log), log, status=2)
     assert 'checkpoint is that of a KW network and this one is static' in output
 
 

@@ -75,7 +75,7 @@ def build(name: str) -> nn.Module:
 @functools.cache
 def expected(name: str, batch: int, channels: int, height: int, width: int) -> tuple[Tensor, ...]:
     """The outputs in double precision for images of a size, which are the same in every check."""
-    return Subject(name).exact(images(batch, height, width))
+    return Checked(name).exact(images(batch, height, width))
 
 
 def images(batch: int, height: int, width: int) -> Tensor:
