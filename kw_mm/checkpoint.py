@@ -12,10 +12,6 @@ import torch
 from . import unpickling
 from .files import replacing
 
-# From 2.6 on, torch accepts pairs of a name and an object that files may contain (see
-# ``kw_mm.compat``).
-_TORCH_TAKES_NAMES = torch.__version__ >= '2.6'
-
 
 class TornCheckpointError(ValueError):
     """A checkpoint of which a part is missing or damaged."""
@@ -70,7 +66,7 @@ def read_checkpoint(path: str, allowed: Sequence[type] = ()) -> dict:
         TornCheckpointError: If it is cut off or no checkpoint.
         ValueError: If it contains objects that are not allowed.
     """
-    if _TORCH_TAKES_NAMES:
+    if not unpickling.IS_NEEDED:
         with torch.serialization.safe_globals(list(allowed)):
             return _read(path)
     names = {f'{kind.__module__}.{kind.__qualname__}': kind for kind in allowed}
@@ -121,8 +117,8 @@ def _read(path: str, every_byte: bool = False) -> dict:
     if is_archive:
         _check_archive(path, file, every_byte)
     safely: dict[str, Any] = (
-        dict(weights_only=True) if _TORCH_TAKES_NAMES else
-        dict(weights_only=False, pickle_module=unpickling))
+        dict(weights_only=False, pickle_module=unpickling) if unpickling.IS_NEEDED else
+        dict(weights_only=True))
     try:
         # With mmap, tensors are read when they are used.
         checkpoint = torch.load(str(file), map_location='cpu', mmap=is_archive or None, **safely)

@@ -14,7 +14,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from urllib.parse import urlparse
 
 import mmengine.runner
 import numpy as np
@@ -56,7 +58,7 @@ def apply() -> None:
     allow_mmengine_checkpoints()
     let_mmengine_refuse_checkpoints()
     crash_safety.apply()
-    keep_the_fork_from_unsafe_loading()
+    keep_mmengine_from_unsafe_loading()
     patch_pytorch_launcher()
     let_initialisers_take_kw_layers()
     let_mmcv_ops_take_bfloat16()
@@ -93,7 +95,7 @@ def allow_mmengine_checkpoints() -> None:
     for kind in (HistoryBuffer, np.ndarray, np.dtype):
         allowed[f'{kind.__module__}.{kind.__name__}'] = kind
     unpickling.allow(allowed)
-    if torch.__version__ >= '2.6':
+    if not unpickling.IS_NEEDED:
         # Unpickling a dtype checks its class as well.
         dtypes = [type(np.dtype(name)) for name in
                   ('?', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'f2', 'f4', 'f8')]
@@ -108,23 +110,53 @@ def _history_getattr(obj: Any, name: str) -> Callable:
                      f'{list(_STATISTICS)} of HistoryBuffer are allowed')
 
 
-# The maintained fork's loader allows getattr, and files that torch still refuses it loads with
-# weights_only=False. So code in any file is run.
+# A file can ask for any code to be run. mmengine lets it: on torch below 2.6 any file, on every
+# version what is fetched from a URL, and in the maintained fork any file that torch refuses.
 
-def keep_the_fork_from_unsafe_loading() -> None:
-    """Makes the loader of onedl-mmengine the same as upstream's: ``torch.load``, no second try.
+def keep_mmengine_from_unsafe_loading() -> None:
+    """Makes all loaders of mmengine, upstream's and the fork's, build only what is allowed.
 
-    ``allow_mmengine_checkpoints`` allows what mmengine's checkpoints contain. Upstream has no such
-    loader; then this does nothing.
+    What mmengine's checkpoints need is allowed by ``allow_mmengine_checkpoints``. ``torch.load``
+    itself stays as it is for everybody else.
     """
+    if isinstance(mmengine_checkpoint.torch, _TorchOfLoaders):
+        return
+    mmengine_checkpoint.torch = _TorchOfLoaders('torch')
+    mmengine_checkpoint.load_url = _load_url
+    # The fork's: it allows getattr, and tries again with weights_only=False.
     if hasattr(mmengine_checkpoint, '_safe_torch_load'):
-        mmengine_checkpoint._safe_torch_load = _load_once
+        mmengine_checkpoint._safe_torch_load = _load
 
 
-def _load_once(file: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
-    # None means the default, but torch accepts it from 2.6 on only.
-    chosen = {} if weights_only is None else dict(weights_only=weights_only)
-    return torch.load(file, map_location=map_location, **chosen)
+class _TorchOfLoaders(ModuleType):
+    """What mmengine's loaders find under the name of torch."""
+
+    def __getattr__(self, name: str) -> Any:
+        return _load if name == 'load' else getattr(torch, name)
+
+
+def _load(file: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
+    """``torch.load``, which runs no code unless ``weights_only`` is False."""
+    if weights_only is False or not unpickling.IS_NEEDED:
+        return torch.load(file, map_location=map_location, weights_only=weights_only is not False)
+    return torch.load(file, map_location=map_location, pickle_module=unpickling)
+
+
+def _load_url(url: str, model_dir: str | None = None, map_location: Any = None,
+              progress: bool = True, check_hash: bool = False,
+              file_name: str | None = None) -> Any:
+    """``torch.hub.load_state_dict_from_url``, of which ``weights_only`` is False by default."""
+    if not unpickling.IS_NEEDED:
+        return torch.hub.load_state_dict_from_url(
+            url, model_dir, map_location, progress, check_hash, file_name, weights_only=True)
+    # Neither that function nor what it calls can be handed another unpickler.
+    name = file_name or Path(urlparse(url).path).name
+    file = Path(model_dir or Path(torch.hub.get_dir(), 'checkpoints'), name)
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        digits = torch.hub.HASH_REGEX.search(name) if check_hash else None
+        torch.hub.download_url_to_file(url, str(file), digits and digits[1], progress)
+    return _load(str(file), map_location)
 
 
 # mmengine loads the keys that fit and only logs the others, in a Runner as in inferencers. So a

@@ -16,7 +16,10 @@ import numpy as np
 import torch
 from torch import _weights_only_unpickler as torch_unpickler
 
-__all__ = ['Unpickler', 'allow', 'allowing', 'load']
+__all__ = ['IS_NEEDED', 'Unpickler', 'allow', 'allowing', 'load']
+
+# Since 2.6 torch can be told, by name and object, what a file may hold (``kw_mm.compat`` does).
+IS_NEEDED = torch.__version__ < '2.6'
 
 # torch.save writes protocol 2, which uses the module names of Python 2.
 _PYTHON_3 = {'__builtin__': 'builtins', 'copy_reg': 'copyreg'}

@@ -1,6 +1,7 @@
 """Checkpoints under ``weights_only``, distributed runs on CPUs, bfloat16 in mmcv."""
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,11 +19,12 @@ from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import Runner, checkpoint
+from mmengine.utils.dl_utils import load_url
 from torch import nn
 from toy_training import make_fast
 
 import kw_mm  # noqa: F401  (applies the patches)
-from kw_mm import compat
+from kw_mm import compat, unpickling
 from kw_mm.checkpoint import check_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -87,15 +89,6 @@ def test_getattr_of_anything_else_is_refused(tmp_path, obj, name):
         torch.load(tmp_path / 'file.pth', weights_only=True)
 
 
-def fork_loader(file, map_location=None, weights_only=None):
-    """The loader of onedl-mmengine 0.10.12."""
-    try:
-        with torch.serialization.safe_globals([getattr, HistoryBuffer]):
-            return torch.load(file, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError:
-        return torch.load(file, map_location=map_location, weights_only=False)
-
-
 class Call:
     """A plain call of ``eval``, which no list allows."""
 
@@ -106,24 +99,71 @@ class Call:
         return eval, (self.code,)
 
 
-@needs_allow_list
-def test_the_loader_of_the_fork_runs_no_code(tmp_path, monkeypatch):
+def fork_loader(file, map_location=None, weights_only=None):
+    """What onedl-mmengine 0.10.12 loads checkpoints with."""
+    if unpickling.IS_NEEDED:
+        return torch.load(file, map_location=map_location)
+    try:
+        with torch.serialization.safe_globals([getattr, HistoryBuffer]):
+            return torch.load(file, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError:
+        return torch.load(file, map_location=map_location, weights_only=False)
+
+
+@pytest.fixture
+def unpatched(monkeypatch):
+    """mmengine's loaders as they come, and after the test as they were."""
+    monkeypatch.setattr(checkpoint, 'torch', torch)
+    monkeypatch.setattr(checkpoint, 'load_url', load_url)
+
+
+# That of the fork tried again with weights_only=False, and URLs are loaded so on every torch: both
+# ran a file's code. On torch below 2.6 so did plain files.
+@pytest.mark.parametrize('old', [False, True], ids=['', 'before 2.6'])
+@pytest.mark.parametrize('way', ['file', 'fork', 'url', 'cached url'])
+def test_mmengine_s_loaders_run_no_code(tmp_path, monkeypatch, unpatched, way, old):
     path, marker = tmp_path / 'evil.pth', tmp_path / 'executed'
     torch.save(dict(state_dict=Call(f'open({str(marker)!r}, "w").close()')), path)
-    monkeypatch.setattr(checkpoint, '_safe_torch_load', fork_loader, raising=False)
-    monkeypatch.setattr(checkpoint, 'load_from_local', lambda filename, map_location:
-                        checkpoint._safe_torch_load(filename, map_location=map_location))
-    checkpoint.load_from_local(str(path), 'cpu')
-    assert marker.exists()
-    marker.unlink()
+    name = str(path)
+    if way == 'fork':
+        monkeypatch.setattr(checkpoint, '_safe_torch_load', fork_loader, raising=False)
+        monkeypatch.setitem(
+            checkpoint.CheckpointLoader._schemes, '', lambda filename, map_location:
+            checkpoint._safe_torch_load(filename, map_location=map_location))
+    elif 'url' in way:
+        monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+        name = path.as_uri().replace('file:', 'http:')
+        monkeypatch.setattr(torch.hub, 'download_url_to_file',
+                            lambda url, file, *args, **kwargs: shutil.copy(path, file))
+        if way == 'cached url':
+            (tmp_path / 'checkpoints').mkdir()
+            shutil.copy(path, tmp_path / 'checkpoints' / 'evil.pth')
+    # Plain files are safe by themselves on the torch at hand, if it is none of old.
+    if way != 'file' or unpickling.IS_NEEDED:
+        checkpoint._load_checkpoint(name, 'cpu')
+        assert marker.exists()
+        marker.unlink()
 
-    compat.keep_the_fork_from_unsafe_loading()
+    monkeypatch.setattr(unpickling, 'IS_NEEDED', old or unpickling.IS_NEEDED)
+    compat.keep_mmengine_from_unsafe_loading()
     with pytest.raises(pickle.UnpicklingError, match=r'GLOBAL (builtins\.)?eval'):
-        checkpoint.load_from_local(str(path), 'cpu')
+        checkpoint._load_checkpoint(name, 'cpu')
     assert not marker.exists()
-    # A trusted file can still be loaded on request.
-    torch.save(dict(a=1), path)
-    assert checkpoint._safe_torch_load(str(path), weights_only=False) == dict(a=1)
+    torch.save(dict(a=torch.ones(2)), path)
+    shutil.copy(path, tmp_path / 'good.pth')
+    # Under another name, for files of URLs are kept.
+    loaded = checkpoint._load_checkpoint(name.replace('evil', 'good'), 'cpu')
+    assert loaded['a'].tolist() == [1, 1]
+
+
+def test_who_asks_for_it_loads_what_is_trusted(tmp_path, monkeypatch, unpatched):
+    monkeypatch.setattr(checkpoint, '_safe_torch_load', fork_loader, raising=False)
+    compat.keep_mmengine_from_unsafe_loading()
+    torch.save(dict(a=Path('b')), tmp_path / 'trusted.pth')
+    loaded = checkpoint._safe_torch_load(tmp_path / 'trusted.pth', weights_only=False)
+    assert loaded == dict(a=Path('b'))
+    # Of torch there is all else, and elsewhere it is as ever.
+    assert checkpoint.torch.nn is nn and torch.load is not checkpoint.torch.load
 
 
 class Net(BaseModel):

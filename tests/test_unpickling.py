@@ -19,8 +19,8 @@ from kw_mm.checkpoint import TornCheckpointError, check_checkpoint, read_checkpo
 
 @pytest.fixture(autouse=True)
 def before_26(tmp_path, monkeypatch):
-    """Pretends that torch is old, in an empty folder."""
-    monkeypatch.setattr('kw_mm.checkpoint._TORCH_TAKES_NAMES', False)
+    """As if torch were old, in an empty folder."""
+    monkeypatch.setattr('kw_mm.unpickling.IS_NEEDED', True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
