@@ -301,9 +301,21 @@ def prepare_cpu_ddp_(cfg: Config) -> None:
                   'statistics of each process', logger='current', level=logging.WARNING)
 
 
-# mmengine's initialisers silently skip modules without a weight, so constant_init(conv, 0) would
-# not start a KW branch at zero. They also find, by class name, the linear layers and norms inside a
-# KW layer, which initialises these itself.
+# Below 2.4 torch has fused optimizers for GPUs alone, and refuses to make one elsewhere.
+
+def prepare_cpu_optimizer_(cfg: Config) -> None:
+    """Edits a config so that its optimizer works on CPUs on every torch: fused or not, it is the
+    same but for the order of sums."""
+    if torch.__version__ >= '2.4' or has_accelerator():
+        return
+    optimizer = (cfg.get('optim_wrapper') or {}).get('optimizer') or {}
+    if optimizer.get('fused'):
+        optimizer.fused = False
+
+
+# mmengine's initialisers pass over what has no weight without a word, so that a branch that
+# constant_init(conv, 0) was to start at zero would not. And by class name they find the linear
+# layers and norms inside a KW layer, whose initial values are the layer's own affair.
 
 _INITIALISERS = ('constant_init', 'xavier_init', 'normal_init', 'trunc_normal_init',
                  'uniform_init', 'kaiming_init', 'caffe2_xavier_init')

@@ -21,7 +21,7 @@ from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import Runner, checkpoint
 from mmengine.utils.dl_utils import load_url
 from torch import nn
-from toy_training import make_fast
+from torch.torch_version import TorchVersion
 
 import kw_mm  # noqa: F401  (applies the patches)
 from kw_mm import compat, unpickling
@@ -293,7 +293,36 @@ def test_config_is_left_alone_elsewhere(monkeypatch, launcher, accelerator):
     assert prepared(**cfg).to_dict() == cfg
 
 
-class Numbers(torch.utils.data.Dataset):
+@pytest.mark.parametrize('version, accelerator, fused', [
+    ('2.1.2', False, False), ('2.1.2', True, True), ('2.4.0', False, True),
+    ('2.13.0', False, True)])
+def test_fused_optimizers_where_torch_has_none_for_cpus(monkeypatch, version, accelerator, fused):
+    # The segmentation demo did not start on torch 2.1.
+    monkeypatch.setattr(torch, '__version__', TorchVersion(version))
+    monkeypatch.setattr(compat, 'has_accelerator', lambda: accelerator)
+    for given in (dict(type='AdamW', fused=True), dict(type='SGD')):
+        cfg = Config(dict(optim_wrapper=dict(optimizer=given)))
+        compat.prepare_cpu_optimizer_(cfg)
+        assert cfg.optim_wrapper.optimizer == (dict(given, fused=fused) if 'fused' in given
+                                               else given)
+    compat.prepare_cpu_optimizer_(Config())
+
+
+DISTRIBUTED = """
+import sys
+import torch
+from mmcv.ops import nms, roi_align
+from mmcv.ops.roi_align import RoIAlignFunction
+from mmengine.config import Config
+from mmengine.dist import all_gather_object
+from mmengine.model import BaseModel
+from mmengine.registry import DATASETS, MODELS
+from mmengine.runner import Runner
+import kw_mm
+from kw_mm.compat import prepare_cpu_ddp_
+
+@DATASETS.register_module()
+class Data(torch.utils.data.Dataset):
     def __len__(self):
         return 4
 

@@ -20,7 +20,7 @@ from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 
 from ..checkpoint import check_checkpoint
-from ..compat import has_accelerator, prepare_cpu_ddp_
+from ..compat import has_accelerator, prepare_cpu_ddp_, prepare_cpu_optimizer_
 from ..config_types import type_name
 from ..crash_safety import choose_checkpoint_
 from ..datasets import check_data
@@ -72,6 +72,7 @@ def load_config(args: argparse.Namespace) -> Config:
     elif cfg.get('work_dir') is None:
         cfg.work_dir = str(Path('work_dirs') / Path(args.config).stem)
     prepare_cpu_ddp_(cfg)
+    prepare_cpu_optimizer_(cfg)
     return cfg
 
 
