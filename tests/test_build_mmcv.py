@@ -84,18 +84,25 @@ def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     return compiler
 
 
-def environment(build_mmcv, monkeypatch, tmp_path: Path, gpu: bool) -> tuple[dict, float]:
+def environment(build_mmcv, monkeypatch, tmp_path: Path, gpu: bool,
+                options: list[str]) -> tuple[dict, float]:
     monkeypatch.setattr(build_mmcv, 'gpu_support', lambda: (gpu, gpu))
+    monkeypatch.setattr(build_mmcv, 'standard_option', lambda: options)
     monkeypatch.delenv('FORCE_CUDA', raising=False)
+    monkeypatch.delenv('NVCC_APPEND_FLAGS', raising=False)
     return build_mmcv.build_environment(tmp_path)
 
 
-def test_gcc_compiles_sooner(build_mmcv, monkeypatch, tmp_path, compiler) -> None:
+def said_by(command: str) -> str:
+    return subprocess.run([command, '-v', 'a b'], capture_output=True, text=True).stdout.strip()
+
+
+@pytest.mark.parametrize('options', [[], ['-std=c++20']])
+def test_gcc_compiles_sooner(build_mmcv, monkeypatch, tmp_path, compiler, options) -> None:
     compiler('Copyright (C) Free Software Foundation, Inc.')
-    env, seconds = environment(build_mmcv, monkeypatch, tmp_path, gpu=False)
+    env, seconds = environment(build_mmcv, monkeypatch, tmp_path, False, options)
     assert seconds == build_mmcv.CORE_SECONDS_PRECOMPILED
-    said = subprocess.run([env['CXX'], '-v', 'a b'], capture_output=True, text=True)
-    assert said.stdout.strip().endswith('Foundation, Inc. -pipe -v a b')
+    assert said_by(env['CXX']).endswith(' '.join(['Foundation, Inc. -pipe -v a b', *options]))
 
 
 @pytest.mark.parametrize('name, gpu, wanted', [
@@ -104,18 +111,33 @@ def test_gcc_compiles_sooner(build_mmcv, monkeypatch, tmp_path, compiler) -> Non
 def test_other_compilers_and_cuda_as_pip_calls_them(
         build_mmcv, monkeypatch, tmp_path, compiler, name: str, gpu: bool, wanted: str) -> None:
     script = compiler(name)
-    env, seconds = environment(build_mmcv, monkeypatch, tmp_path, gpu)
-    assert env['CXX'] == f'{script} -pipe'
+    env, seconds = environment(build_mmcv, monkeypatch, tmp_path, gpu, [])
+    assert env['CXX'] == f'{script} -pipe' and 'NVCC_APPEND_FLAGS' not in env
     assert seconds == getattr(build_mmcv, wanted)
+    # But told of the C++ that torch asks for: with mmcv's, no file compiled on torch 2.14.
+    env, seconds = environment(build_mmcv, monkeypatch, tmp_path, gpu, ['-std=c++20'])
+    assert said_by(env['CXX']) == f'{name} -pipe -v a b -std=c++20'
+    assert env.get('NVCC_APPEND_FLAGS') == ('-std=c++20' if gpu else None)
+    assert seconds == getattr(build_mmcv, wanted)
+
+
+@pytest.mark.parametrize('asked, option', [('17', []), ('20', ['-std=c++20']), (None, [])])
+def test_the_standard_that_torch_asks_for(build_mmcv, tmp_path, asked, option) -> None:
+    if asked:
+        header = tmp_path / 'include' / 'ATen' / 'ATen.h'
+        header.parent.mkdir(parents=True)
+        header.write_text(f'#error C++{asked} or later compatible compiler is required to use it.')
+    assert build_mmcv.standard_option(tmp_path) == option
+    assert isinstance(build_mmcv.standard_option(), list)
 
 
 def test_no_compiler_and_folders_without_scripts(build_mmcv, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv('CXX', 'no-such-compiler')
-    assert build_mmcv.wrap_compiler(tmp_path) is None
+    assert build_mmcv.wrap_compiler(tmp_path, [], True) is None
     monkeypatch.delenv('CXX')
     monkeypatch.setattr(Path, 'chmod', lambda self, mode: None)  # as if mounted with noexec
     (tmp_path / 'c++').unlink()
-    assert build_mmcv.wrap_compiler(tmp_path) is None
+    assert build_mmcv.wrap_compiler(tmp_path, [], True) is None
 
 
 class Pip:

@@ -7,12 +7,14 @@ mmcv has no wheels for current versions of torch, so pip compiles its C++ files 
 installed torch; torch, setuptools, wheel, ninja and psutil must be installed before. pip caches the
 wheel, so a second environment gets it in seconds.
 
-For the CPU, GCC is called through precompiled.py beside this file, which takes a fraction of the
-time. Other compilers, and GCC beside nvcc, are called by pip as usual.
+GCC compiles for the CPU through precompiled.py beside this file, in a fraction of the time; other
+compilers, and GCC beside nvcc, as pip calls them. All are told of the C++ that torch's headers ask
+for: since torch 2.14 that is more than mmcv knows of.
 """
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import queue
 import re
@@ -166,30 +168,56 @@ def gpu_support() -> tuple[bool, bool]:
     return answer[:1] == ['True'], answer[1:] == ['True']
 
 
-def is_gcc(compiler: list[str]) -> bool:
-    """Whether a command runs and is GCC."""
+def standard_option(torch: Path | None = None) -> list[str]:
+    """Returns the compiler's option for the C++ that torch's headers ask for.
+
+    Args:
+        torch: The folder of the package; by default that which would be imported.
+
+    Returns:
+        Nothing where mmcv's own will do: it asks for C++17, and torch since 2.14 for C++20.
+    """
+    if torch is None:
+        spec = importlib.util.find_spec('torch')
+        torch = Path(spec.origin).parent if spec and spec.origin else Path()
+    header = torch / 'include' / 'ATen' / 'ATen.h'
+    text = header.read_text(encoding='utf-8') if header.is_file() else ''
+    standard = re.search(r'#error C\+\+(\d\d) or later', text)
+    return [f'-std=c++{standard[1]}'] if standard and int(standard[1]) > 17 else []
+
+
+def version_of(compiler: list[str]) -> str | None:
+    """Returns what a compiler says about itself, None if it does not run."""
     try:
         done = subprocess.run([*compiler, '--version'], capture_output=True, text=True)
     except OSError:
-        return False
-    return done.returncode == 0 and 'Free Software Foundation' in done.stdout
+        return None
+    return done.stdout if done.returncode == 0 else None
 
 
-def wrap_compiler(folder: Path) -> Path | None:
-    """Writes a command that compiles like torch's default compiler, but faster.
+def wrap_compiler(folder: Path, options: list[str], sooner: bool) -> Path | None:
+    """Writes a command that compiles as torch's default compiler does.
 
     Args:
-        folder: An empty folder for the command and its files.
+        folder: An empty folder, for the command and what it leaves.
+        options: Further ones, which hold against those that are given.
+        sooner: Whether to read headers once for all files, which only GCC can.
 
     Returns:
-        The command, or None if the compiler is not GCC or scripts do not run in the folder.
+        The command, or None if the compiler is not GCC but should be, or nothing runs in the
+        folder.
     """
-    compiler = shlex.split(os.environ.get('CXX') or 'c++')
+    command = shlex.split(os.environ.get('CXX') or 'c++')
+    if sooner:
+        command = [sys.executable, str(PRECOMPILED), str(folder), *command]
     script = folder / 'c++'
-    wrapped = shlex.join([sys.executable, str(PRECOMPILED), str(folder), *compiler])
-    script.write_text(f'#!/bin/sh\nexec {wrapped} "$@"\n', encoding='utf-8')
+    # Of two standards the compiler takes the last.
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@" {shlex.join(options)}\n',
+                      encoding='utf-8')
     script.chmod(0o700)
-    return script if is_gcc([str(script)]) else None
+    version = version_of([str(script)])
+    is_right = version is not None and (not sooner or 'Free Software Foundation' in version)
+    return script if is_right else None
 
 
 def build_environment(folder: Path) -> tuple[dict[str, str], float]:
@@ -211,12 +239,15 @@ def build_environment(folder: Path) -> tuple[dict[str, str], float]:
               f'{sys.executable} {__file__} --again', flush=True)
         # mmcv compiles CUDA files whenever torch sees a GPU.
         env['CUDA_VISIBLE_DEVICES'] = ''
-    if with_cuda:
-        return env, CORE_SECONDS_CUDA
-    wrapper = wrap_compiler(folder)
-    if wrapper is None:
-        return env, CORE_SECONDS_CPU
-    return dict(env, CXX=str(wrapper)), CORE_SECONDS_PRECOMPILED
+    options = standard_option()
+    if with_cuda and options:
+        env['NVCC_APPEND_FLAGS'] = ' '.join([env.get('NVCC_APPEND_FLAGS', ''), *options]).strip()
+    wrapper = None if with_cuda else wrap_compiler(folder, options, sooner=True)
+    seconds = (CORE_SECONDS_CUDA if with_cuda else CORE_SECONDS_CPU if wrapper is None
+               else CORE_SECONDS_PRECOMPILED)
+    if wrapper is None and options:
+        wrapper = wrap_compiler(folder, options, sooner=False)
+    return env if wrapper is None else dict(env, CXX=str(wrapper)), seconds
 
 
 def install(name: str, versions: str, constraint: Path | None, log: Path, again: bool) -> bool:
