@@ -19,6 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PIP = f'{sys.executable} -m pip'
+# Compiles whichever mmcv suits the packages that are there.
+BUILD_MMCV = f'{sys.executable} tools/install/build_mmcv.py'
 
 # These are required with --pins only; otherwise a detector alone is fine.
 OPENMMLAB = ('mmengine', 'mmcv', 'mmdet', 'mmsegmentation')
@@ -109,7 +111,7 @@ def check_present(versions: Versions, strict: bool) -> list[Finding]:
                 'mmsegmentation': 'segmentation configs need MMSegmentation',
             }.get(package, 'kw_mm and the OpenMMLab packages need it'),
             f'{PIP} install {package}' if package not in OPENMMLAB
-            else names['install_command'](name, PIP),
+            else BUILD_MMCV if package == 'mmcv' else names['install_command'](name, PIP),
             error=strict or package not in ('mmdet', 'mmsegmentation'),
         ))
     return found
@@ -201,7 +203,7 @@ def check_tokenizer(versions: Versions) -> list[Finding]:
     )]
 
 
-def check_operators(run: Run, mmcv: str = 'mmcv') -> list[Finding]:
+def check_operators(run: Run) -> list[Finding]:
     """Runs a compiled operator of mmcv on the CPU and, where torch sees one, on the GPU."""
     failure = run(NMS_ON_CPU)
     if failure is not None:
@@ -209,8 +211,7 @@ def check_operators(run: Run, mmcv: str = 'mmcv') -> list[Finding]:
             f'the compiled operators of mmcv do not work: {failure}',
             'detectors need them (nms, RoIAlign); a wheel built in isolation has none, and pip '
             'caches wheels without regard to the torch they were compiled for',
-            f'{PIP} install --no-build-isolation --no-cache-dir --no-binary {mmcv} '
-            f'--force-reinstall --no-deps "{mmcv}{load_supported()["SUPPORTED"][mmcv]}"',
+            f'{BUILD_MMCV} --again',
         )]
     failure = run(NMS_ON_GPU)
     if failure is not None:
@@ -218,7 +219,7 @@ def check_operators(run: Run, mmcv: str = 'mmcv') -> list[Finding]:
             f'the operators of mmcv do not work on the GPU: {failure}',
             'detectors then run on the CPU only (CUDA_VISIBLE_DEVICES= hides the GPU)',
             'install the CUDA toolkit of the version torch.version.cuda tells, with nvcc, then '
-            'build mmcv again: python tools/install/build_mmcv.py --again',
+            f'build mmcv again: {BUILD_MMCV} --again',
             error=False,
         )]
     return []
@@ -291,7 +292,7 @@ def check_all(versions: Versions, pins: Mapping[str, str] | None, has_pkg_resour
         return found
     found += check_torchvision(versions.get('torchvision'), run)
     if versions.get(mmcv) is not None:
-        found += check_operators(run, mmcv)
+        found += check_operators(run)
     # What is already known to be wrong would only be told again as an import that fails.
     if not any(finding.error for finding in found):
         found += check_imports(versions, run)
