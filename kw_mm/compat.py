@@ -308,9 +308,9 @@ def prepare_cpu_optimizer_(cfg: Config) -> None:
     same but for the order of sums."""
     if torch.__version__ >= '2.4' or has_accelerator():
         return
-    optimizer = (cfg.get('optim_wrapper') or {}).get('optimizer') or {}
-    if optimizer.get('fused'):
-        optimizer.fused = False
+    optimizer = (cfg.get('optim_wrapper') or {}).get('optimizer')
+    if optimizer and optimizer.get('fused'):
+        optimizer['fused'] = False
 
 
 # mmengine's initialisers pass over what has no weight without a word, so that a branch that

@@ -22,6 +22,7 @@ from mmengine.runner import Runner, checkpoint
 from mmengine.utils.dl_utils import load_url
 from torch import nn
 from torch.torch_version import TorchVersion
+from toy_training import make_fast
 
 import kw_mm  # noqa: F401  (applies the patches)
 from kw_mm import compat, unpickling
@@ -308,21 +309,7 @@ def test_fused_optimizers_where_torch_has_none_for_cpus(monkeypatch, version, ac
     compat.prepare_cpu_optimizer_(Config())
 
 
-DISTRIBUTED = """
-import sys
-import torch
-from mmcv.ops import nms, roi_align
-from mmcv.ops.roi_align import RoIAlignFunction
-from mmengine.config import Config
-from mmengine.dist import all_gather_object
-from mmengine.model import BaseModel
-from mmengine.registry import DATASETS, MODELS
-from mmengine.runner import Runner
-import kw_mm
-from kw_mm.compat import prepare_cpu_ddp_
-
-@DATASETS.register_module()
-class Data(torch.utils.data.Dataset):
+class Numbers(torch.utils.data.Dataset):
     def __len__(self):
         return 4
 
