@@ -23,7 +23,7 @@ unexport PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-seg test quick test-matrix env check lint clean distclean
+.PHONY: help demo demo-seg test quick coverage test-matrix env check lint clean distclean
 
 help:  ## say what can be made
 	@echo 'Type one of these; what needs the environment makes it first.'
@@ -41,7 +41,10 @@ demo-seg: env  ## train a small segmentor with KernelWarehouse
 # process begins with its part of the files, because what tests of a file share is made once then.
 RUN_TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-test: lint  ## ruff and mypy, then all tests with coverage
+test: lint  ## ruff and mypy, then all tests
+	@$(RUN_TESTS) $(PYTEST_ARGS)
+
+coverage: env  ## all tests, and which lines of kw_mm they run: half as long again
 	@$(RUN_TESTS) --cov=kw_mm --cov-report=term $(PYTEST_ARGS)
 
 quick: lint  ## ruff and mypy, then the quick tests: what to run before a commit

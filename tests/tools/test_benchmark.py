@@ -1,4 +1,5 @@
-"""``python tools/benchmark``: its output, and no figures without parity."""
+"""``python tools/benchmark``: no figures without parity, and what it writes."""
+import gc
 import json
 import os
 import subprocess
@@ -25,6 +26,9 @@ def known_memory_and_rates(monkeypatch):
     monkeypatch.setattr(backbones, 'measure_memory', lambda subject, workload, static: (
         200 if static else 250))
     monkeypatch.setattr(speed, 'measure_rates', lambda setting: Rates(1e9, 1e9))
+    # Each timing collects garbage first, and should not look through what other tests left.
+    gc.collect()
+    gc.freeze()
 
 
 def test_nothing_is_said_of_speed_when_parity_fails(monkeypatch, capsys, tmp_path):
