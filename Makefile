@@ -39,7 +39,9 @@ demo-seg: env  ## train a small segmentor with KernelWarehouse
 
 # Most tests are small: a process of one thread per core is faster than one of many threads. Each
 # process begins with its part of the files, because what tests of a file share is made once then.
-RUN_TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
+# glibc keeps what is freed: to map the memory of large networks again takes a tenth of their time.
+RUN_TESTS := OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592 \
+	MALLOC_TOP_PAD_=134217728 $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 test: lint  ## ruff and mypy, then all tests
 	@$(RUN_TESTS) $(PYTEST_ARGS)
