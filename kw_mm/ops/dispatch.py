@@ -29,8 +29,8 @@ if _missing:
 
 IS_POSSIBLE = not _missing
 
-# Torch 2.1 and 2.2 have this function in the compiler alone.
-is_compiling = getattr(torch.compiler, 'is_compiling', None) or torch._dynamo.is_compiling
+# Torch 2.1 and 2.2 have this function here. The compiler has it too, but is slow to import.
+is_compiling = getattr(torch.compiler, 'is_compiling', None) or torch._utils.is_compiling
 
 _library = torch.library.Library('kw_mm', 'DEF')
 

@@ -166,6 +166,8 @@ def collected(alpha, cells, *rest):
 @pytest.fixture
 def calls(monkeypatch):
     """Which of the compiled products were called by assembly."""
+    if not operators.ARE_REGISTERED:
+        pytest.skip('torch below 2.4 registers no operators, and assembles with its own products')
     made = []
     for name in ('kw_mm_mix', 'kw_mm_sum_products'):
         function = getattr(compiled._library()[1], name)

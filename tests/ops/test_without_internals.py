@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-# Runs in a new process, because operators are registered once, at import.
+from kw_mm.ops import operators
+
+# Run in a new process, for the operators are registered once, at import.
 SCRIPT = """
 import contextlib
 import copy
@@ -46,7 +48,8 @@ with torch.no_grad():
 @pytest.mark.slow
 @pytest.mark.parametrize('lacks, has_operators, name', [
     ("torch.autograd.function, '_SingleLevelFunction'", False, '_SingleLevelFunction'),
-    ("torch._C, '_current_graph_task_id'", True, '_current_graph_task_id')])
+    # Torch below 2.4 registers no operators whatever it has.
+    ("torch._C, '_current_graph_task_id'", operators.ARE_REGISTERED, '_current_graph_task_id')])
 def test_what_is_missing_closes_the_fast_path(lacks, has_operators, name):
     done = subprocess.run(
         [sys.executable, '-c', SCRIPT.replace('LACKS', lacks)], capture_output=True, text=True,
@@ -54,4 +57,4 @@ def test_what_is_missing_closes_the_fast_path(lacks, has_operators, name):
     assert done.returncode == 0, done.stderr
     assert f'operators {has_operators}' in done.stdout
     lines = [line for line in done.stderr.splitlines() if line.startswith('LOG torch ')]
-    assert len(lines) == 1 and name in lines[0], done.stderr
+    assert sum(name in line for line in lines) == 1, done.stderr
