@@ -1,13 +1,19 @@
 """RandomStateHook: killed and resumed runs equal an uninterrupted one exactly."""
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from mmengine.dataset import DefaultSampler, InfiniteSampler
+from mmengine.runner import IterBasedTrainLoop
 from toy_training import HOOK, Kill, make_fast, run
 
-from kw_mm.engine.hooks.random_state import get_random_state, set_random_state
+from kw_mm.engine.hooks.random_state import (
+    RandomStateHook,
+    get_random_state,
+    set_random_state,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +61,25 @@ def test_iteration_based_loop(tmp_path, kwargs):
     killed, resumed = kill_and_resume(tmp_path / 'parts', 12, HOOK, by_epoch=False, **kwargs)
     assert list(resumed)[0] in (10, 12)  # the last checkpoint: 10, or the best
     assert same(whole, killed, resumed)
+
+
+# The maintained fork's loop asks the iterator to skip, and no run could be resumed.
+@pytest.mark.parametrize('skips', [True, False])
+def test_the_loop_of_the_fork(monkeypatch, skips):
+    put_back = []
+    hook = RandomStateHook()
+    hook._paused = ['states']
+    monkeypatch.setattr(hook, '_put_back', lambda: put_back.append(len(put_back)))
+    loop = object.__new__(IterBasedTrainLoop)
+    loop._iter, loop.fast_forward_on_resume = 3, not skips
+    loop.dataloader_iterator = iter(range(5))
+    hook.before_train_epoch(SimpleNamespace(train_loop=loop))
+    if skips:
+        loop.dataloader_iterator.skip_iter(3)
+        assert not put_back
+    assert next(loop.dataloader_iterator) == (3 if skips else 0)
+    next(loop.dataloader_iterator)
+    assert put_back == [0]
 
 
 @pytest.mark.parametrize('by_epoch', [True, False])

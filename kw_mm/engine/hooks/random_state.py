@@ -78,8 +78,10 @@ class RandomStateHook(Hook):
         loop = runner.train_loop
         if self._paused is None:
             return
-        if isinstance(loop, IterBasedTrainLoop):
-            # Next the loop skips data that were already used, and runs their random transforms.
+        # The loop of the maintained fork can be told to skip nothing.
+        skips = not getattr(loop, 'fast_forward_on_resume', False)
+        if isinstance(loop, IterBasedTrainLoop) and skips:
+            # The loop skips old data next, with all their random transforms.
             loop.dataloader_iterator = _Skipping(loop.dataloader_iterator, loop.iter,
                                                  self._put_back)
         else:
@@ -141,6 +143,15 @@ class _Skipping:
             self.then()
         self.left -= 1
         return next(self.iterator)
+
+    def skip_iter(self, num: int) -> None:
+        """Called by the maintained fork's loop, which would move the sampler alone.
+
+        Then workers would start anew, and draw other augmentations than in a run that never
+        stopped.
+        """
+        for _ in range(num):
+            next(self)
 
 
 def get_random_state() -> dict[str, Any]:
