@@ -308,8 +308,8 @@ def prepare_cpu_optimizer_(cfg: Config) -> None:
     same but for the order of sums."""
     if torch.__version__ >= '2.4' or has_accelerator():
         return
-    optimizer = (cfg.get('optim_wrapper') or {}).get('optimizer')
-    if optimizer and optimizer.get('fused'):
+    optimizer = (cfg.get('optim_wrapper') or {}).get('optimizer') or {}
+    if optimizer.get('fused'):
         optimizer['fused'] = False
 
 
