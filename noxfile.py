@@ -59,5 +59,6 @@ def fork(session: nox.Session) -> None:
     session.install('torch==2.12.0', 'numpy>2', 'setuptools<82', 'wheel', 'ninja', 'psutil')
     session.run('python', 'tools/install/build_mmcv.py', '--fork')
     session.install('onedl-mmengine==0.10.12', 'onedl-mmdetection==3.5.1',
-                    'onedl-mmsegmentation==1.4.2', 'pytest', 'hypothesis', 'safetensors')
+                    'onedl-mmsegmentation==1.4.2', 'pytest', 'hypothesis', 'safetensors', 'onnx',
+                    'onnxscript', 'onnxruntime', 'openvino')
     suite(session)

@@ -76,8 +76,11 @@ def ranged(*packages: str) -> list[str]:
     return [package + VERSIONS['SUPPORTED'][package] for package in packages]
 
 
+# What writes and runs files for other runtimes (docs/deployment.md).
+DEPLOY = ['onnx>=1.17', 'onnxscript>=0.5', 'onnxruntime>=1.20', 'openvino>=2025.0']
+
 TEST = ['pytest>=7', 'pytest-cov', 'pytest-xdist', 'hypothesis', 'ruff', 'mypy',
-        'triton; platform_system == "Linux"']
+        'triton; platform_system == "Linux"', *DEPLOY]
 
 # pip knows nothing of one package serving for another: an extra that asked for mmcv would install
 # upstream's over the fork's files. So who wants either says which.
@@ -90,6 +93,7 @@ EXTRAS = {
         'regex',
     ],
     'onedl': ranged(*VERSIONS['FORKS'].values()),
+    'deploy': DEPLOY,
     'test': TEST,
     # Kept from when they asked for upstream's packages.
     'det': [],

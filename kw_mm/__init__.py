@@ -12,13 +12,15 @@ check_versions()
 
 from .config import WarehouseConfig  # noqa: E402
 from .convert import convert_to_kw_  # noqa: E402
+from .export import prepare_for_export_, to_static_  # noqa: E402
 from .inference import OptimizationReport, optimize_for_inference_  # noqa: E402
 from .layers import KWConv1d, KWConv2d, KWConv3d, KWLinear, set_temperature  # noqa: E402
 from .plan import ConvSpec, WarehousePlan, plan_warehouses  # noqa: E402
 
 __all__ = ['ConvSpec', 'KWConv1d', 'KWConv2d', 'KWConv3d', 'KWLinear', 'OptimizationReport',
            'WarehouseConfig', 'WarehousePlan', '__version__', 'convert_to_kw_',
-           'optimize_for_inference_', 'plan_warehouses', 'set_temperature']
+           'optimize_for_inference_', 'plan_warehouses', 'prepare_for_export_', 'set_temperature',
+           'to_static_']
 
 _OPENMMLAB_NAMES = ['ConversionReport', 'KWConvNeXt', 'KWConverted', 'KWMobileNetV2', 'KWResNet',
                     'KWTemperatureHook', 'RandomStateHook', 'StaticPretrained',

@@ -125,10 +125,8 @@ def optimize_for_inference_(module: nn.Module, memory_budget: int | None = None,
         raise ValueError(f'storage_dtype must be None for cells of {narrow.pop()}, which are as '
                          f'narrow as {storage_dtype}')
     module.eval()
-    held = hidden_references(module)
-    convs = {name: conv for name, conv in found.items()
-             if conv not in held and conv.attention.is_plain
-             and not any(map(has_hooks, conv.modules()))}
+    fixed = find_fixed(module)
+    convs = {name: conv for name, conv in found.items() if name not in fixed}
     norms = find_norms(module, (*KW_CONVS, *STATIC_CONVS))
     with_bases = choose_layers(
         {name: conv.plan for name, conv in convs.items() if not conv.attention.is_tied},
@@ -179,6 +177,17 @@ def _train(module: nn.Module, mode: bool = True) -> nn.Module:
 
 def _holds_optimized(module: nn.Module) -> bool:
     return any(isinstance(inner, OptimizedConv) for inner in module.modules())
+
+
+def find_fixed(module: nn.Module) -> list[str]:
+    """Names of KW layers that cannot be put into another form.
+
+    They are also held beside the module tree, have forward hooks, or have an attention that was
+    pruned, quantized or wrapped.
+    """
+    held = hidden_references(module)
+    return [name for name, conv in module.named_modules() if isinstance(conv, KW_CONVS) and (
+        conv in held or not conv.attention.is_plain or any(map(has_hooks, conv.modules())))]
 
 
 def _store_cells_(module: nn.Module, dtype: torch.dtype | None) -> None:

@@ -1,0 +1,145 @@
+"""KW layers as other runtimes get them: matrix products, slices and sums, nothing else."""
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..inference import OptimizedConv
+from ..inference.layers import OptimizedAttention
+from ..layers.warehouse import CellUser
+from ..ops import logit_norms
+from .products import pad, slice_conv
+
+
+class ExportConv(CellUser):
+    """A KW convolution of the same output, made of operations that every runtime has.
+
+    Args:
+        conv: The layer as inference has it, norms folded, with or without bases. Its cells stay
+            its manager's, so that a file has them once.
+    """
+
+    transposed = False  # read by mmcv.cnn.ConvModule
+    has_fixed_temperature = True  # read by set_temperature
+
+    bases: Tensor | None
+    bias: Tensor | None
+    scale: Tensor | None
+
+    def __init__(self, conv: OptimizedConv) -> None:
+        super().__init__()
+        other: Any = conv
+        for name in ('num_dims', 'in_channels', 'out_channels', 'kernel_size', 'stride', 'padding',
+                     'dilation', 'groups', 'padding_mode', 'pad_input', 'output_padding', 'plan'):
+            setattr(self, name, getattr(other, name))
+        self._use_manager(conv.manager, 'warehouse_manager' in conv._modules)
+        # As F.pad takes them: last dimension first, both sides.
+        sides = other.pads
+        self.pads = tuple(zip(sides[-2::-2], sides[-1::-2]))
+        self.attention = ExportAttention(conv.attention)
+        self.register_buffer('scale', conv.scale)
+        self.register_buffer('bias', conv.bias)
+        # From blocks (B, hidden + 1, width), whose product with the hidden vector would have to be
+        # put into order for each image.
+        self.register_buffer('bases', None if conv.bases is None else
+                             conv.bases.transpose(0, 1).flatten(1).contiguous().to(
+                                 conv.attention.weight.dtype))
+        self.requires_grad_(False)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolves ``(N, C_in, *spatial)``, each sample with its own kernel; N is at least 1."""
+        kernel = self.kernel(x)
+        if self.pad_input is not None:
+            x = self.pad_input(x)
+        x = pad(x, self.pads, self.padding_mode)
+        return slice_conv(x, kernel, self.bias, self.kernel_size, self.stride, self.dilation,
+                          self.groups)
+
+    def kernel(self, x: Tensor) -> Tensor:
+        """The kernels for an input: ``(N, C_out, positions, C_in / groups)``."""
+        if self.bases is None:
+            return self._from_cells(self.attention(x))
+        hidden = self.attention.hidden(x)
+        return self._from_bases(hidden, logit_norms(self.attention.logits(hidden)))
+
+    def _from_cells(self, alpha: Tensor) -> Tensor:
+        cells = self.cells.flatten(3)
+        c_out, c_in, positions = cells.shape[1:]
+        kernel = (alpha @ cells.flatten(1)).unflatten(2, (c_out, c_in, positions))
+        # (N, S, OG, IG, c_out, c_in, positions of a cell)
+        kernel = kernel.unflatten(1, self.plan.grid).permute(0, 2, 4, 1, 6, 3, 5)
+        kernel = kernel.flatten(5).flatten(3, 4).flatten(1, 2)
+        return kernel if self.scale is None else kernel * self.scale.view(-1, 1, 1)
+
+    def _from_bases(self, hidden: Tensor, norms: Tensor) -> Tensor:
+        assert self.bases is not None
+        num_positions, num_out_groups, num_in_groups = self.plan.grid
+        c_out, c_in, *cell_kernel = self.plan.cell_shape
+        # The last basis has the weight 1.
+        kernel = hidden @ self.bases[:-1] + self.bases[-1]
+        kernel = kernel.unflatten(1, (num_out_groups, c_out, num_positions, -1, num_in_groups,
+                                      c_in))
+        inverse = (1 / norms).unflatten(1, self.plan.grid).permute(0, 2, 1, 3)
+        kernel = kernel * inverse[:, :, None, :, None, :, None]
+        return kernel.flatten(5).flatten(3, 4).flatten(1, 2)
+
+    def extra_repr(self) -> str:
+        return (f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, '
+                f'stride={self.stride}, warehouse={self.plan.warehouse}, '
+                + (f'n={self.plan.num_cells}' if self.bases is None else
+                   f'bases={len(self.bases)}'))
+
+
+class ExportAttention(OptimizedAttention):
+    """The attention with its temperature in numbers of its own precision.
+
+    The layer keeps tau in float64, which some runtimes lack.
+    """
+
+    def __init__(self, attention: OptimizedAttention) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(attention.__dict__)
+        for name in ('_parameters', '_buffers', '_modules'):
+            self.__dict__[name] = dict(attention.__dict__[name])
+        self.factor, self.tied_part = 1.0, None
+        if self.tied:
+            self.factor = 1 - self.tau.item()
+            beta = (self.tau * self.beta).to(self.weight.dtype)
+            del self.beta, self.tau
+            self.register_buffer('tied_part', beta)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mixing weights ``(N, m, n)`` of an input ``(N, C, *spatial)``."""
+        logits = self.logits(self.hidden(x))
+        alpha = logits[..., :-1] / logit_norms(logits).unsqueeze(-1)
+        return alpha if self.tied_part is None else alpha * self.factor + self.tied_part
+
+
+class ExportLinear(nn.Module):
+    """A KW linear layer: one batched matrix product over tokens.
+
+    Args:
+        conv: The convolution of kernel size 1 that the layer has inside.
+    """
+
+    def __init__(self, conv: ExportConv) -> None:
+        super().__init__()
+        self.conv = conv
+        self.in_features, self.out_features = conv.in_channels, conv.out_channels
+        self.eval()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The static bias, or None."""
+        return self.conv.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``(N, ..., in_features)`` to ``(N, ..., out_features)``."""
+        tokens = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
+        kernel = self.conv.kernel(tokens.transpose(1, 2))[:, :, 0]
+        y = tokens @ kernel.transpose(1, 2)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.view(*x.shape[:-1], self.out_features)
