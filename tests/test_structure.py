@@ -14,16 +14,18 @@ LAYERS = (
     ('layers', 'resuming'),
     ('convert',),
     ('inference',),
+    ('export',),
     ('crash_safety',),
     ('compat',),
     ('models', 'datasets'),
     ('engine',),
+    ('deploy',),
     ('registration',),
     ('__init__',))
 # These need torch and nothing of OpenMMLab.
 CORE = ('arguments', 'assignment', 'checkpoint', 'config', 'config_types', 'files', 'plan',
         'plan_table', 'resuming', 'table', 'unpickling', 'versions', 'ops', 'layers', 'convert',
-        'inference')
+        'inference', 'export')
 OPENMMLAB = {'mmcv', 'mmdet', 'mmengine', 'mmseg', 'mmpretrain'}
 
 
