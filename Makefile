@@ -4,6 +4,11 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+# Of gpu-check.
+MINUTES ?= 10
+DEVICE ?= cuda
+GPU_ARGS ?=
+GIVEN_PYTHONPATH := $(PYTHONPATH)
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -23,7 +28,7 @@ unexport PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-seg test quick coverage test-matrix env check lint clean distclean
+.PHONY: help demo demo-seg test quick test-matrix gpu-check env check lint clean distclean
 
 help:  ## say what can be made
 	@echo 'Type one of these; what needs the environment makes it first.'
@@ -54,6 +59,12 @@ quick: lint  ## ruff and mypy, then the quick tests: what to run before a commit
 
 test-matrix:  ## core tests on every torch and Python that is claimed (needs nox; gigabytes)
 	@$(PYTHON) -m nox --non-interactive $(NOX_ARGS)
+
+# Without the environment: a machine with a GPU brings its own torch, and mmcv built for it, maybe
+# by PYTHONPATH, which other targets must not see.
+gpu-check: export PYTHONPATH := $(GIVEN_PYTHONPATH)
+gpu-check:  ## check and measure everything on a GPU, with PYTHON as it is (MINUTES=10, DEVICE=cuda)
+	@$(PYTHON) tools/benchmark gpu --minutes $(MINUTES) --device $(DEVICE) $(GPU_ARGS)
 
 env: $(STEPS)/checked  ## make .venv, or finish it
 

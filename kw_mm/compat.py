@@ -536,6 +536,8 @@ def let_mmengine_count_operators() -> None:
     """Tells mmengine what our operators cost. A multiply-add is one FLOP, as in mmengine."""
     complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.update({
         'kw_mm::assemble': lambda inputs, _: _product(inputs[0]) * _product(inputs[1], 1),
+        'kw_mm::assemble_logits': lambda inputs, _: math.prod(
+            get_shape(inputs[0])[:2]) * _product(inputs[3]),
         'kw_mm::mix_bases': lambda inputs, _: get_shape(inputs[0])[0] * _product(inputs[2]),
         'kw_mm::convolve_samples': lambda inputs, outputs: Counter(
             conv=_product(outputs[0]) * _product(inputs[1], 2))})

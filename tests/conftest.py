@@ -10,9 +10,31 @@ import traceback
 from pathlib import Path
 
 import pytest
+import torch
 
 # Imported here, so that tests fail, and are not skipped, if the core cannot be imported.
 import kw_mm
+
+GPU_TESTS = pytest.StashKey()
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves tests of GPUs out where there is none, rather than skipping each by itself."""
+    left_out = [] if torch.cuda.is_available() else [
+        item for item in items if item.get_closest_marker('gpu')]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+    config.stash[GPU_TESTS] = left_out
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    left_out = config.stash.get(GPU_TESTS, [])
+    if left_out:
+        names = ', '.join(dict.fromkeys(item.nodeid.partition('[')[0] for item in left_out))
+        terminalreporter.write_line(
+            f'{len(left_out)} tests left out, torch finds no CUDA device: {names}')
+
 
 MISSING = [name for name in ('mmengine', 'mmcv', 'mmdet', 'mmseg')
            if not importlib.util.find_spec(name)]

@@ -19,6 +19,7 @@ from kw_mm.ops.layout import cut_kernel
 DEVICE = 'cpu' if triton_support._is_interpreted() else 'cuda'
 
 KERNELS = {'_assemble_kernel', '_grad_alpha_kernel', '_grad_cells_kernel'}
+BASES_KERNEL = '_mix_bases_kernel'
 
 GUARD = 64  # elements around every buffer, enough to keep it aligned
 
@@ -57,7 +58,8 @@ if DEVICE == 'cpu':
     with warnings.catch_warnings():
         # torch warns about overriding, even on request.
         warnings.simplefilter('ignore')
-        for _name in ('assemble', 'assemble_grad_alpha', 'assemble_grad_cells', 'mix_bases'):
+        for _name in ('assemble', 'assemble_grad_alpha', 'assemble_grad_cells',
+                      'assemble_logits', 'mix_bases'):
             _library.impl(_name, getattr(cuda, _name), 'CPU', allow_override=True)
 
 
@@ -76,7 +78,7 @@ class Counted:
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[collections.Counter]:
     """Asks for Triton, and counts launches by the kernels' names."""
     counter = collections.Counter()
-    for name in KERNELS:
+    for name in (*KERNELS, BASES_KERNEL):
         monkeypatch.setattr(triton_assembly, name,
                             Counted(getattr(triton_assembly, name), name, counter))
     ops.use_triton()
@@ -128,8 +130,7 @@ def check_functions(alpha: Tensor, cells: Tensor, grid: Sequence[int],
     results = []
     for module, inputs in ((triton_assembly, (alpha, cells)), (products, (alpha, cells)),
                            (products, exact)):
-        scale = () if module is triton_assembly else (None,)
-        kernel = module.assemble(*inputs, grid, kernel_size, *scale, inputs[1].dtype)
+        kernel = module.assemble(*inputs, grid, kernel_size, None, inputs[1].dtype)
         if not results:
             weights = torch.randn_like(kernel).bfloat16()
         pieces = cut_kernel(weights.to(kernel.dtype), grid, cells.shape[1:])

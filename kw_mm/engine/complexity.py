@@ -187,7 +187,8 @@ class _ZeroProducts(TorchDispatchMode):
               torch.ops.aten.addmm.default, torch.ops.aten.bmm.default,
               torch.ops.aten.grid_sampler_2d.default}
     if operators.ARE_REGISTERED:
-        costly |= {torch.ops.kw_mm.assemble.default, torch.ops.kw_mm.mix_bases.default}
+        costly |= {torch.ops.kw_mm.assemble.default, torch.ops.kw_mm.assemble_logits.default,
+                   torch.ops.kw_mm.mix_bases.default}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func not in self.costly:

@@ -11,9 +11,9 @@ from ..layers import Attention
 from ..layers.conv import KWConv, convolve
 from ..layers.warehouse import CellUser
 from ..ops import (
-    assemble_kernel,
+    assemble_logits,
     contract_bases,
-    logit_norms,
+    hidden_units,
     mean_positions,
     mix_bases,
     mixing_weights,
@@ -85,17 +85,21 @@ class OptimizedAttention(nn.Module):
 
     def hidden(self, x: Tensor) -> Tensor:
         """The hidden vector ``(N, hidden)`` of an input ``(N, C, *spatial)``."""
-        h = F.linear(mean_positions(x, self.weight.dtype), self.weight, self.bias)
-        return F.relu(h if self.norm is None else self.norm(h))
+        pooled = mean_positions(x, self.weight.dtype)
+        if self.norm is None:
+            return hidden_units(pooled, self.weight, self.bias)
+        return F.relu(self.norm(F.linear(pooled, self.weight, self.bias)))
 
     logits: Any = Attention.logits  # parts that Attention has as well
 
     def forward(self, x: Tensor) -> Tensor:
         """Mixing weights ``(N, m, n)`` of an input ``(N, C, *spatial)``."""
-        logits = self.logits(self.hidden(x))
-        if self.tied:
-            return mixing_weights(logits, self.beta, self.tau)
-        return (logits[..., :-1] / logit_norms(logits).unsqueeze(-1)).to(logits.dtype)
+        return mixing_weights(self.logits(self.hidden(x)), *self.assignment)
+
+    @property
+    def assignment(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """beta and tau, where the temperature is not 0."""
+        return (self.beta, self.tau) if self.tied else (None, None)
 
 
 class OptimizedConv(CellUser):
@@ -184,13 +188,13 @@ class OptimizedConv(CellUser):
             return self._kernel(x, dtype)
 
     def _kernel(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        attention, grid = self.attention, self.plan.grid
+        hidden = attention.hidden(x)
+        logits = attention.logits(hidden)
         if self.bases is None:
-            return assemble_kernel(self.attention(x), self.cells, self.plan.grid, self.kernel_size,
-                                   self.scale, dtype)
-        hidden = self.attention.hidden(x)
-        norms = logit_norms(self.attention.logits(hidden))
-        return mix_bases(hidden, norms, self.bases, self.plan.grid, self.plan.spec.weight_shape,
-                         dtype)
+            return assemble_logits(logits, *attention.assignment, self.cells, grid,
+                                   self.kernel_size, self.scale, dtype)
+        return mix_bases(hidden, logits, self.bases, grid, self.plan.spec.weight_shape, dtype)
 
     @torch.no_grad()
     def _contract(self) -> Tensor:

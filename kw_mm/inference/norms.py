@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..convert.surgery import all_paths, hidden_references
+from ..layers.conv import has_hooks
 
 
 def find_norms(root: nn.Module, convs: tuple[type[nn.Module], ...]) -> dict[nn.Module, nn.Module]:
@@ -33,11 +34,6 @@ def find_norms(root: nn.Module, convs: tuple[type[nn.Module], ...]) -> dict[nn.M
             if type(conv) in convs and isinstance(norm, _BatchNorm)
             and type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
             and norm.running_mean is not None and is_single(conv) and is_single(norm)}
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a module has forward hooks."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _neighbours(parent: Any) -> Iterator[tuple[nn.Module, nn.Module]]:

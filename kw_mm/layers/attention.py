@@ -174,16 +174,19 @@ class Attention(nn.Module):
         Under autocast they keep the precision of the parameters, because the attention is little
         work, and gradients of its norm and of the mixing weights exceed the range of float16.
         """
+        return mixing_weights(self.logits_of(x), self.beta, self.tau)
+
+    def logits_of(self, x: Tensor) -> Tensor:
+        """Logits ``(N, m, n + 1)`` of an input ``(N, C, *spatial)``, in the same precision."""
         device = self.beta.device.type
         if autocast_dtype(device) is None:
-            return self._mixing_weights(mean_positions(x))
+            return self._logits_of_means(mean_positions(x))
         with torch.autocast(device, enabled=False):
-            return self._mixing_weights(mean_positions(x, self.beta.dtype))
+            return self._logits_of_means(mean_positions(x, self.beta.dtype))
 
-    def _mixing_weights(self, pooled: Tensor) -> Tensor:
+    def _logits_of_means(self, pooled: Tensor) -> Tensor:
         # Call modules, never read their weights: they may be quantized, pruned or wrapped.
-        hidden = F.relu(self.norm1(self.fc1(pooled)))
-        return mixing_weights(self.logits(hidden), self.beta, self.tau)
+        return self.logits(F.relu(self.norm1(self.fc1(pooled))))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits ``(N, m, n + 1)`` of hidden vectors ``(N, hidden)``."""

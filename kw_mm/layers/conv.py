@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..arguments import checks_arguments
 from ..config import WarehouseConfig
-from ..ops import assemble_kernel, collect_gradients, dynamic_conv
+from ..ops import assemble_kernel, assemble_logits, collect_gradients, dynamic_conv
 from ..ops.convolution import in_order, is_channels_last
 from ..plan import ConvSpec, LayerPlan, plan_warehouses
 from .attention import Attention
@@ -52,6 +52,11 @@ def convolve(layer: Any, x: Tensor, make_kernel: Callable[[Tensor], Tensor]) -> 
         x = in_order(F.pad(x, layer.pads, mode=layer.padding_mode), is_channels_last(x))
         padding = (0,) * layer.num_dims
     return dynamic_conv(x, kernel, layer.bias, layer.stride, padding, layer.dilation, layer.groups)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is called before or after a module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def record_call(layer: nn.Module, x: torch.fx.Proxy) -> torch.fx.Proxy:
@@ -247,8 +252,13 @@ class _KWConvNd(CellUser):
 
     def kernel(self, x: Tensor) -> Tensor:
         """The kernels for an input ``(N, C_in, *spatial)``: ``(N, C_out, C_in / groups, *k)``."""
-        return assemble_kernel(self.attention(x), collect_gradients(self.cells), self.plan.grid,
-                               self.kernel_size)
+        attention, grid = self.attention, self.plan.grid
+        if torch.is_grad_enabled() or torch.jit.is_tracing() or has_hooks(attention):
+            return assemble_kernel(attention(x), collect_gradients(self.cells), grid,
+                                   self.kernel_size)
+        # Nobody asks for the mixing weights.
+        return assemble_logits(attention.logits_of(x), attention.beta, attention.tau, self.cells,
+                               grid, self.kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolves ``(N, C_in, *spatial)``, each sample with its own kernel; N may be 0.

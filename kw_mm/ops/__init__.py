@@ -1,6 +1,7 @@
-"""Functions of tensors. ``ops.reference`` has a slow, literal twin of each."""
-from .assembly import assemble_kernel
+"""Tensors in, tensors out. ``ops.reference`` holds a slow, literal twin of what computes."""
+from .assembly import assemble_kernel, assemble_logits
 from .attention import (
+    hidden_units,
     logit_norms,
     mean_positions,
     mixing_weights,
@@ -13,6 +14,6 @@ from .convolution import dynamic_conv
 from .cuda import use_triton
 from .layout import cut_kernel
 
-__all__ = ['assemble_kernel', 'collect_gradients',
-           'contract_bases', 'cut_kernel', 'dynamic_conv', 'logit_norms', 'mean_positions',
-           'mix_bases', 'mixing_weights', 'order_logits', 'use_cpu_products', 'use_triton']
+__all__ = ['assemble_kernel', 'assemble_logits', 'collect_gradients',
+           'contract_bases', 'cut_kernel', 'dynamic_conv', 'hidden_units', 'logit_norms',
+           'mean_positions', 'mix_bases', 'mixing_weights', 'order_logits', 'use_cpu_products', 'use_triton']

@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .reference import EPS
@@ -21,10 +22,24 @@ def mean_positions(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return (total / math.prod(x.shape[2:])).to(dtype or x.dtype)
 
 
-def mixing_weights(logits: Tensor, beta: Tensor, tau: Tensor) -> Tensor:
-    """L1-normalises logits and pulls them towards the assignment; see ``reference``."""
+def hidden_units(pooled: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``relu(pooled @ weight.T + bias)``, ``(N, C)`` to ``(N, hidden)``."""
+    # A GPU's library applies a ReLU while it multiplies. Recorders do not know that function.
+    if (bias is None or pooled.device.type not in ('cuda', 'meta') or torch.is_grad_enabled()
+            or torch.jit.is_tracing()):
+        return F.relu(F.linear(pooled, weight, bias))
+    return torch._addmm_activation(bias, pooled, weight.T)
+
+
+def mixing_weights(logits: Tensor, beta: Tensor | None, tau: Tensor | None) -> Tensor:
+    """L1-normalises logits and pulls them towards the assignment; see ``reference``.
+
+    Without beta and tau the temperature is 0.
+    """
     alpha = logits[..., :-1] / logit_norms(logits).unsqueeze(-1)
-    return torch.lerp(alpha, beta.to(alpha.dtype), tau.to(alpha.dtype)).to(logits.dtype)
+    if beta is not None and tau is not None:
+        alpha = torch.lerp(alpha, beta.to(alpha.dtype), tau.to(alpha.dtype))
+    return alpha.to(logits.dtype)
 
 
 def logit_norms(logits: Tensor) -> Tensor:
@@ -32,6 +47,22 @@ def logit_norms(logits: Tensor) -> Tensor:
     # In float16 a sum of magnitudes overflows; in bfloat16 EPS is lost beside it.
     z = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     return z.abs().sum(-1) + EPS
+
+
+def mixing_weights_grad(grad: Tensor, logits: Tensor, tau: Tensor | None) -> Tensor:
+    """The gradient of logits from that of mixing weights.
+
+    With s the norm of a row, ``alpha_j = (1 - tau) z_j / s + tau beta_j`` and ``ds/dz_p =
+    sign(z_p)`` give ``dz_p = g_p - sign(z_p) sum_j g_j z_j / s`` with ``g = (1 - tau) grad / s``,
+    which is 0 for the zero cell.
+    """
+    norms = logit_norms(logits).unsqueeze(-1)
+    grad = grad.to(norms.dtype) / norms
+    if tau is not None:
+        grad = grad * (1 - tau.to(grad.dtype))
+    z = logits.to(norms.dtype)
+    shares = (grad * z[..., :-1]).sum(-1, keepdim=True) / norms
+    return (F.pad(grad, (0, 1)) - z.sign() * shares).to(logits.dtype)
 
 
 def order_logits(own: Tensor, others: Tensor, zero: Tensor, bias: Tensor,

@@ -46,13 +46,13 @@ def contract_bases(weight: Tensor, bias: Tensor, cells: Tensor, grid: Sequence[i
     return kernels.reshape(-1, len(rows), cells.shape[2]).contiguous()
 
 
-def mix_bases(hidden: Tensor, norms: Tensor, bases: Tensor, grid: Sequence[int],
+def mix_bases(hidden: Tensor, logits: Tensor, bases: Tensor, grid: Sequence[int],
               kernel_shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
     """The kernels of a batch.
 
     Args:
         hidden: h, not negative, ``(N, hidden)``.
-        norms: ``|z_i|_1 + EPS``, ``(N, m)``.
+        logits: z, ``(N, m, n + 1)``.
         bases: ``(B, hidden + 1, width)``.
         grid: ``(S, OG, IG)``.
         kernel_shape: ``(C_out, C_in / groups, *k)``.
@@ -61,6 +61,4 @@ def mix_bases(hidden: Tensor, norms: Tensor, bases: Tensor, grid: Sequence[int],
     Returns:
         ``(N, *kernel_shape)``.
     """
-    weights = torch.cat((hidden, hidden.new_ones(hidden.shape[0], 1)), 1)
-    return operators.mix_bases(weights, 1 / norms, bases, grid, kernel_shape,
-                               dtype or bases.dtype)
+    return operators.mix_bases(hidden, logits, bases, grid, kernel_shape, dtype or bases.dtype)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import compiled, products
+from .attention import logit_norms, mixing_weights
 from .cell_storage import stored_by_rows
 from .layout import has_positions_last, memory_shape, view_as_kernel
 from .memory import large_empty, reused_empty
@@ -37,6 +38,13 @@ def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Seq
     return view_as_kernel(memory, grid, cells.shape, kernel_size)
 
 
+def assemble_logits(logits: Tensor, beta: Tensor | None, tau: Tensor | None, cells: Tensor,
+                    grid: Sequence[int], kernel_size: Sequence[int], scale: Tensor | None,
+                    dtype: torch.dtype) -> Tensor:
+    """See ``operators.assemble_logits``."""
+    return assemble(mixing_weights(logits, beta, tau), cells, grid, kernel_size, scale, dtype)
+
+
 def assemble_grad_alpha(pieces: Tensor, cells: Tensor) -> Tensor:
     """See ``operators.assemble_grad_alpha``."""
     if not compiled.sums(pieces, cells):
@@ -57,20 +65,21 @@ def assemble_grad_cells(pieces: Tensor, alpha: Tensor) -> Tensor:
     return grads.view(len(grads), *pieces.shape[4:])
 
 
-def mix_bases(weights: Tensor, scales: Tensor, bases: Tensor, grid: Sequence[int],
+def mix_bases(hidden: Tensor, logits: Tensor, bases: Tensor, grid: Sequence[int],
               kernel_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """See ``operators.mix_bases``."""
-    num_samples, (num_blocks, _, width) = weights.shape[0], bases.shape
+    num_samples, (num_blocks, _, width) = hidden.shape[0], bases.shape
+    weights = products.with_constant(hidden)
     # For one sample, only the bases of active units are read.
     active = weights[0].nonzero().squeeze(1) if num_samples == 1 else None
-    by_block = products.scales_by_block(scales, grid, kernel_shape)
+    by_block = products.scales_by_block(1 / logit_norms(logits), grid, kernel_shape)
     if compiled.mixes(bases, dtype):
         mixed = reused_empty((num_samples, num_blocks, width), dtype)
         compiled.mix_blocks(weights, bases, mixed.transpose(0, 1), active, by_block.T)
     elif active is not None and bases.dtype == dtype:
         mixed = _sum_active(weights[0, active], by_block[0], bases, active).unsqueeze(0)
     else:
-        return products.mix_bases(weights, scales, bases, grid, kernel_shape, dtype)
+        return products.mix_bases(hidden, logits, bases, grid, kernel_shape, dtype)
     return products.bases_as_kernel(mixed, kernel_shape)
 
 

@@ -16,7 +16,10 @@ from torch import Tensor
 from . import products
 from .triton_support import is_usable
 
-mix_bases = products.mix_bases
+# How many kernels operators start with Triton. The gradient of mixing weights has its parts added
+# up by another one.
+TRITON_LAUNCHES = dict(assemble=1, assemble_logits=1, assemble_grad_alpha=2, assemble_grad_cells=1,
+                       mix_bases=1)
 
 _triton_is_wanted = os.environ.get('KW_MM_TRITON', '0') not in ('', '0')
 _has_warned = False
@@ -38,9 +41,17 @@ def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Seq
     if not _takes_triton(alpha, cells):
         return products.assemble(alpha, cells, grid, kernel_size, scale, dtype)
     from .triton_assembly import assemble as in_triton
-    kernel = in_triton(alpha, cells, grid, kernel_size, dtype)
-    # In place, in the kernel's dtype and strides.
-    return kernel if scale is None else kernel.mul_(scale.view(-1, *(1,) * (kernel.dim() - 2)))
+    return in_triton(alpha, cells, grid, kernel_size, scale, dtype)
+
+
+def assemble_logits(logits: Tensor, beta: Tensor | None, tau: Tensor | None, cells: Tensor,
+                    grid: Sequence[int], kernel_size: Sequence[int], scale: Tensor | None,
+                    dtype: torch.dtype) -> Tensor:
+    """See ``operators.assemble_logits``."""
+    if not _takes_triton(logits, cells):
+        return products.assemble_logits(logits, beta, tau, cells, grid, kernel_size, scale, dtype)
+    from .triton_assembly import assemble_logits as in_triton
+    return in_triton(logits, beta, tau, cells, grid, kernel_size, scale, dtype)
 
 
 def assemble_grad_alpha(pieces: Tensor, cells: Tensor) -> Tensor:
@@ -57,6 +68,15 @@ def assemble_grad_cells(pieces: Tensor, alpha: Tensor) -> Tensor:
         return products.assemble_grad_cells(pieces, alpha)
     from .triton_assembly import assemble_grad_cells as in_triton
     return in_triton(pieces, alpha)
+
+
+def mix_bases(hidden: Tensor, logits: Tensor, bases: Tensor, grid: Sequence[int],
+              kernel_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """See ``operators.mix_bases``."""
+    if not _takes_triton(hidden, logits, bases):
+        return products.mix_bases(hidden, logits, bases, grid, kernel_shape, dtype)
+    from .triton_assembly import mix_bases as in_triton
+    return in_triton(hidden, logits, bases, grid, kernel_shape, dtype)
 
 
 def _takes_triton(*tensors: Tensor) -> bool:

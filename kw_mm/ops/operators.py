@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from . import cpu, cuda, dispatch, products
+from .attention import logit_norms, mixing_weights, mixing_weights_grad
 from .layout import block_shape, cut_kernel, memory_shape, positions_last, view_as_kernel
-from .products import scales_by_block
+from .products import scales_by_block, with_constant
 
 # Whether they are registered with the dispatcher.
 ARE_REGISTERED = dispatch.IS_POSSIBLE
@@ -45,6 +46,27 @@ def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Seq
         ``layout.memory_shape``.
     """
     return _assemble(alpha, cells, grid, kernel_size, scale, dtype)
+
+
+def assemble_logits(logits: Tensor, beta: Tensor | None, tau: Tensor | None, cells: Tensor,
+                    grid: Sequence[int], kernel_size: Sequence[int], scale: Tensor | None,
+                    dtype: torch.dtype) -> Tensor:
+    """``assemble`` of ``mixing_weights(logits, beta, tau)`` (method, sections 3 and 4).
+
+    Args:
+        logits: z, ``(N, m, n + 1)``.
+        beta: The assignment ``(m, n)``, or None, as tau, for a temperature of 0.
+        tau: The temperature, 0-dimensional; has no gradient, nor has beta.
+        cells: As ``assemble`` takes them, and all that follow.
+        grid: ``(S, OG, IG)``.
+        kernel_size: Of the kernel.
+        scale: Factors of the output channels, or None.
+        dtype: Of the kernels.
+
+    Returns:
+        As ``assemble``.
+    """
+    return _assemble_logits(logits, beta, tau, cells, grid, kernel_size, scale, dtype)
 
 
 def assemble_grad_alpha(pieces: Tensor, cells: Tensor) -> Tensor:
@@ -73,15 +95,15 @@ def assemble_grad_cells(pieces: Tensor, alpha: Tensor) -> Tensor:
     return _assemble_grad_cells(pieces, alpha)
 
 
-def mix_bases(weights: Tensor, scales: Tensor, bases: Tensor, grid: Sequence[int],
+def mix_bases(hidden: Tensor, logits: Tensor, bases: Tensor, grid: Sequence[int],
               kernel_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """``scales[:, i] * (weights @ bases[b])`` for every block b of every mixture i; see
-    ``kw_mm.ops.bases``.
+    """``(h @ bases[b, :-1] + bases[b, -1]) / logit_norms(z)[:, i]`` for every block b of every
+    mixture i; see ``kw_mm.ops.bases``.
 
     Args:
-        weights: ``(N, H)``.
-        scales: ``(N, m)``.
-        bases: ``(B, H, width)``.
+        hidden: h, not negative, ``(N, hidden)``.
+        logits: z, ``(N, m, n + 1)``.
+        bases: ``(B, hidden + 1, width)``.
         grid: ``(S, OG, IG)``, the places of mixtures in the kernel; m in all.
         kernel_shape: ``(C_out, C_in, *k)``.
         dtype: Of the kernels.
@@ -89,12 +111,13 @@ def mix_bases(weights: Tensor, scales: Tensor, bases: Tensor, grid: Sequence[int
     Returns:
         ``(N, *kernel_shape)``, new memory in the order (N, C_out, k, C_in).
     """
-    return _mix_bases(weights, scales, bases, grid, kernel_shape, dtype)
+    return _mix_bases(hidden, logits, bases, grid, kernel_shape, dtype)
 
 
 if not ARE_REGISTERED:
     _assemble, _assemble_grad_alpha = products.assemble, products.assemble_grad_alpha
     _assemble_grad_cells, _mix_bases = products.assemble_grad_cells, products.mix_bases
+    _assemble_logits = products.assemble_logits
 else:
     # Devices other than CPUs and CUDA compute with torch's products.
     _MODULES = dict(CompositeExplicitAutograd=products, CPU=cpu, CUDA=cuda)
@@ -112,22 +135,51 @@ else:
         ctx.save_for_backward(alpha, cells, scale)
 
     def _assemble_backward(ctx: Any, grad: Tensor) -> tuple:
-        alpha, cells, scale = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
+        grad_alpha, grad_cells, grad_scale = _assembly_gradients(
+            grad, *ctx.saved_tensors, ctx.grid, ctx.kernel_size, needs)
+        return grad_alpha, grad_cells, None, None, grad_scale, None
+
+    def _assembly_gradients(grad: Tensor, alpha: Tensor, cells: Tensor, scale: Tensor | None,
+                            grid: Sequence[int], kernel_size: Sequence[int],
+                            needs: Sequence[bool]) -> tuple[Any, Any, Any]:
+        """Those of mixing weights, cells and scale that are needed, from that of kernels."""
         grad_scale = None
-        if ctx.needs_input_grad[4]:
-            kernel = assemble(alpha, cells, ctx.grid, ctx.kernel_size, None, grad.dtype)
+        if needs[2] and scale is not None:
+            kernel = assemble(alpha, cells, grid, kernel_size, None, grad.dtype)
             grad_scale = (grad * kernel).transpose(0, 1).flatten(1).sum(1).to(scale.dtype)
         if scale is not None:
             grad = grad * scale.to(grad.dtype).view(-1, *(1,) * (grad.dim() - 2))
-        pieces = cut_kernel(grad, ctx.grid, cells.shape[1:])
+        pieces = cut_kernel(grad, grid, cells.shape[1:])
         grad_alpha = grad_cells = None
-        if ctx.needs_input_grad[0]:
+        if needs[0]:
             grad_alpha = assemble_grad_alpha(pieces, cells).to(alpha.dtype)
-        if ctx.needs_input_grad[1]:
+        if needs[1]:
             grad_cells = assemble_grad_cells(pieces, alpha).view(cells.shape).to(cells.dtype)
-        return grad_alpha, grad_cells, None, None, grad_scale, None
+        return grad_alpha, grad_cells, grad_scale
 
-    # Its gradients
+    # assemble_logits
+
+    def _fake_assemble_logits(logits: Tensor, beta: Tensor | None, tau: Tensor | None,
+                              cells: Tensor, grid: Sequence[int], kernel_size: Sequence[int],
+                              scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return _fake_assemble(logits, cells, grid, kernel_size, scale, dtype)
+
+    def _setup_assemble_logits(ctx: Any, inputs: tuple) -> None:
+        logits, beta, tau, cells, ctx.grid, ctx.kernel_size, scale, _ = inputs
+        ctx.save_for_backward(logits, beta, tau, cells, scale)
+
+    def _assemble_logits_backward(ctx: Any, grad: Tensor) -> tuple:
+        logits, beta, tau, cells, scale = ctx.saved_tensors
+        needs_logits, needs_cells, needs_scale = (ctx.needs_input_grad[i] for i in (0, 3, 6))
+        alpha = mixing_weights(logits, beta, tau)
+        grad_alpha, grad_cells, grad_scale = _assembly_gradients(
+            grad, alpha, cells, scale, ctx.grid, ctx.kernel_size,
+            (needs_logits, needs_cells, needs_scale))
+        grad_logits = mixing_weights_grad(grad_alpha, logits, tau) if needs_logits else None
+        return grad_logits, None, None, grad_cells, None, None, grad_scale, None
+
+    # Gradients
 
     def _assemble_pieces(alpha: Tensor, cells: Tensor, like: Tensor) -> Tensor:
         """Mixtures of cells as pieces, the form that both gradients take."""
@@ -166,10 +218,10 @@ else:
 
     # mix_bases
 
-    def _fake_mix_bases(weights: Tensor, scales: Tensor, bases: Tensor, grid: Sequence[int],
+    def _fake_mix_bases(hidden: Tensor, logits: Tensor, bases: Tensor, grid: Sequence[int],
                         kernel_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         out_channels, in_channels, *kernel_size = kernel_shape
-        memory = bases.new_empty(weights.shape[0], out_channels, math.prod(kernel_size),
+        memory = bases.new_empty(hidden.shape[0], out_channels, math.prod(kernel_size),
                                  in_channels, dtype=dtype)
         return positions_last(memory, kernel_size)
 
@@ -178,7 +230,8 @@ else:
         ctx.grid, ctx.kernel_shape = inputs[3:5]
 
     def _mix_bases_backward(ctx: Any, grad: Tensor) -> tuple:
-        weights, scales, bases = ctx.saved_tensors
+        hidden, logits, bases = ctx.saved_tensors
+        weights, scales = with_constant(hidden), 1 / logit_norms(logits)
         grad = grad.flatten(3).transpose(2, 3).reshape(len(grad), len(bases), bases.shape[2])
         # By block, (B, N, ...).
         grad = grad.transpose(0, 1)
@@ -189,16 +242,22 @@ else:
             grad_bases = (factors.to(grad.dtype) @ grad).to(bases.dtype)
         # The contribution of each block to the gradient of weights and scales.
         shares = (grad @ bases.transpose(1, 2).to(grad.dtype)).to(scales.dtype)
-        grad_weights = (shares * by_block).sum(0).to(weights.dtype)
+        grad_hidden = (shares * by_block).sum(0)[:, :-1].to(hidden.dtype)
         # (N, OG, c_out, S, positions, IG) to (N, S, OG, IG)
         grad_scales = (shares * weights).sum(-1).T.unflatten(
             1, block_shape(ctx.grid, ctx.kernel_shape)).sum((2, 4)).transpose(1, 2)
-        return grad_weights, grad_scales.reshape(scales.shape), grad_bases, None, None, None
+        grad_norms = -grad_scales.reshape(scales.shape) * scales.square()
+        grad_logits = grad_norms.unsqueeze(-1).to(logits.dtype) * logits.sign()
+        return grad_hidden, grad_logits, grad_bases, None, None, None
 
     _assemble = dispatch.register(
         'assemble(Tensor alpha, Tensor cells, SymInt[] grid, SymInt[] kernel_size, '
         'Tensor? scale, ScalarType dtype) -> Tensor',
         _MODULES, _fake_assemble, _setup_assemble, _assemble_backward)
+    _assemble_logits = dispatch.register(
+        'assemble_logits(Tensor logits, Tensor? beta, Tensor? tau, Tensor cells, SymInt[] grid, '
+        'SymInt[] kernel_size, Tensor? scale, ScalarType dtype) -> Tensor',
+        _MODULES, _fake_assemble_logits, _setup_assemble_logits, _assemble_logits_backward)
     _assemble_grad_alpha = dispatch.register(
         'assemble_grad_alpha(Tensor pieces, Tensor cells) -> Tensor',
         _MODULES, _fake_grad_alpha, _setup_gradient, _grad_alpha_backward)
@@ -206,7 +265,7 @@ else:
         'assemble_grad_cells(Tensor pieces, Tensor alpha) -> Tensor',
         _MODULES, _fake_grad_cells, _setup_gradient, _grad_cells_backward)
     _mix_bases = dispatch.register(
-        'mix_bases(Tensor weights, Tensor scales, Tensor bases, SymInt[] grid, '
+        'mix_bases(Tensor hidden, Tensor logits, Tensor bases, SymInt[] grid, '
         'SymInt[] kernel_shape, ScalarType dtype) -> Tensor',
         _MODULES, _fake_mix_bases, _setup_mix_bases, _mix_bases_backward)
 
@@ -219,6 +278,11 @@ else:
     def _assemble_flops(alpha: Sequence[int], cells: Sequence[int], *_: Any, **__: Any) -> int:
         return 2 * math.prod(alpha) * math.prod(cells[1:])
 
+    @register_flop_formula(torch.ops.kw_mm.assemble_logits)
+    def _assemble_logits_flops(logits: Sequence[int], beta: Any, tau: Any, cells: Sequence[int],
+                               *_: Any, **__: Any) -> int:
+        return 2 * math.prod(logits[:-1]) * math.prod(cells)
+
     @register_flop_formula(torch.ops.kw_mm.assemble_grad_alpha)
     def _grad_alpha_flops(pieces: Sequence[int], cells: Sequence[int], *_: Any, **__: Any) -> int:
         return 2 * math.prod(pieces) * cells[0]
@@ -228,6 +292,6 @@ else:
         return 2 * math.prod(pieces) * alpha[2]
 
     @register_flop_formula(torch.ops.kw_mm.mix_bases)
-    def _mix_bases_flops(weights: Sequence[int], scales: Sequence[int], bases: Sequence[int],
+    def _mix_bases_flops(hidden: Sequence[int], logits: Sequence[int], bases: Sequence[int],
                          *_: Any, **__: Any) -> int:
-        return 2 * weights[0] * math.prod(bases)
+        return 2 * hidden[0] * math.prod(bases)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .attention import logit_norms, mixing_weights
 from .cell_storage import MIN_CELLS, stored_by_rows
 from .layout import block_shape, has_positions_last, memory_shape, positions_last, view_as_kernel
 
@@ -54,6 +55,13 @@ def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Seq
     return view_as_kernel(memory.contiguous(), grid, cells.shape, kernel_size)
 
 
+def assemble_logits(logits: Tensor, beta: Tensor | None, tau: Tensor | None, cells: Tensor,
+                    grid: Sequence[int], kernel_size: Sequence[int], scale: Tensor | None,
+                    dtype: torch.dtype) -> Tensor:
+    """See ``operators.assemble_logits``."""
+    return assemble(mixing_weights(logits, beta, tau), cells, grid, kernel_size, scale, dtype)
+
+
 def assemble_grad_alpha(pieces: Tensor, cells: Tensor) -> Tensor:
     """See ``operators.assemble_grad_alpha``."""
     rows = pieces.reshape(math.prod(pieces.shape[:4]), math.prod(pieces.shape[4:]))
@@ -79,13 +87,19 @@ def assemble_grad_cells(pieces: Tensor, alpha: Tensor) -> Tensor:
     return grads.view(alpha.shape[2], *pieces.shape[4:])
 
 
-def mix_bases(weights: Tensor, scales: Tensor, bases: Tensor, grid: Sequence[int],
+def mix_bases(hidden: Tensor, logits: Tensor, bases: Tensor, grid: Sequence[int],
               kernel_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """See ``operators.mix_bases``."""
     # Few rows and a wide matrix, as in assembly; bases are stored in blocks.
-    factors = scales_by_block(scales, grid, kernel_shape).T.unsqueeze(-1) * weights
+    scales = 1 / logit_norms(logits)
+    factors = scales_by_block(scales, grid, kernel_shape).T.unsqueeze(-1) * with_constant(hidden)
     mixed = _batch_product(factors.to(dtype), bases.to(dtype)).transpose(0, 1)
     return bases_as_kernel(mixed, kernel_shape)
+
+
+def with_constant(hidden: Tensor) -> Tensor:
+    """What the bases are mixed by: hidden units, and 1 for the last one, ``(N, hidden + 1)``."""
+    return torch.cat((hidden, hidden.new_ones(len(hidden), 1)), 1)
 
 
 def scales_by_block(scales: Tensor, grid: Sequence[int], kernel_shape: Sequence[int]) -> Tensor:

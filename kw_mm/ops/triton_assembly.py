@@ -21,14 +21,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import cut_kernel, memory_shape, view_as_kernel
+from . import reference
+from .layout import block_shape, cut_kernel, memory_shape, positions_last, view_as_kernel
 from .triton_support import block, dot_precision
 
 # Arguments that vary between batches, for which kernels are not compiled again.
 UNSPECIALIZED = ['num_rows', 'num_mixtures', 'out_groups', 'in_groups']
 
-# At least so many programs, if there is enough to do: two for each of the 132 processors of an
-# H100.
+EPS = tl.constexpr(reference.EPS)
+
+# Programs at least, where there is enough to do: two for each of the 132 processors of an H100.
 NUM_PROGRAMS = 264
 
 
@@ -61,13 +63,29 @@ def _columns(column_block, run, positions, stride_o, stride_i, stride_p, ALIGNED
     return columns, places
 
 
+@triton.jit
+def _norms(logits_ptr, places, is_row, num_logits, ACC: tl.constexpr, BLOCK_C: tl.constexpr):
+    """L1 norms of rows of logits that begin at some places, and EPS."""
+    total = tl.sum(tl.zeros((places.shape[0], BLOCK_C), ACC), 1)
+    for first in range(0, num_logits, BLOCK_C):
+        columns = first + tl.arange(0, BLOCK_C)
+        z = tl.load(logits_ptr + places[:, None] + columns[None, :],
+                    mask=is_row[:, None] & (columns < num_logits)[None, :], other=0)
+        total += tl.sum(tl.abs(z.to(ACC)), 1)
+    return total + EPS
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def _assemble_kernel(alpha_ptr, cells_ptr, kernel_ptr, num_rows, num_cells, num_columns,
-                     num_mixtures, out_groups, in_groups, run, positions, stride_n, stride_s,
-                     stride_og, stride_ig, stride_o, stride_i, stride_p, ACC: tl.constexpr,
-                     PRECISION: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_R: tl.constexpr,
-                     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):
-    """kernel[row, column] = sum_cell alpha[row, cell] cells[cell, column].
+def _assemble_kernel(alpha_ptr, beta_ptr, tau_ptr, cells_ptr, scale_ptr, kernel_ptr, num_rows,
+                     num_cells, num_columns, num_mixtures, out_groups, in_groups, run, positions,
+                     stride_n, stride_s, stride_og, stride_ig, stride_o, stride_i, stride_p,
+                     ARE_LOGITS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+                     ALIGNED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+                     BLOCK_D: tl.constexpr):
+    """kernel[row, column] = scale[channel] sum_cell alpha[row, cell] cells[cell, column].
+
+    With ``ARE_LOGITS`` alpha is what mixing weights are made of: each program reads its rows twice,
+    first for their norms; they are few beside the cells.
 
     Grid: blocks of columns, then programs that share the tiles of rows.
     """
@@ -77,12 +95,23 @@ def _assemble_kernel(alpha_ptr, cells_ptr, kernel_ptr, num_rows, num_cells, num_
     # A second tile of rows reads the same cells, from the cache.
     for first_row in range(tl.program_id(1) * BLOCK_R, num_rows, tl.num_programs(1) * BLOCK_R):
         rows = first_row + tl.arange(0, BLOCK_R)
+        # Logits have one more column, the zero cell's.
+        alpha_places = rows.to(tl.int64) * (num_cells + (1 if ARE_LOGITS else 0))
+        if ARE_LOGITS:
+            norms = _norms(alpha_ptr, alpha_places, rows < num_rows, num_cells + 1, ACC, BLOCK_C)
         total = tl.zeros((BLOCK_R, BLOCK_D), ACC)
         for first_cell in range(0, num_cells, BLOCK_C):
             cells = first_cell + tl.arange(0, BLOCK_C)
-            weights = tl.load(
-                alpha_ptr + rows.to(tl.int64)[:, None] * num_cells + cells[None, :],
-                mask=(rows < num_rows)[:, None] & (cells < num_cells)[None, :], other=0)
+            is_weight = (rows < num_rows)[:, None] & (cells < num_cells)[None, :]
+            weights = tl.load(alpha_ptr + alpha_places[:, None] + cells[None, :], mask=is_weight,
+                              other=0)
+            if ARE_LOGITS:
+                weights = weights.to(ACC) / norms[:, None]
+                if tau_ptr is not None:
+                    ties = tl.load(
+                        beta_ptr + (rows % num_mixtures)[:, None] * num_cells + cells[None, :],
+                        mask=is_weight, other=0)
+                    weights += tl.load(tau_ptr).to(ACC) * (ties.to(ACC) - weights)
             elements = tl.load(
                 cells_ptr + cells.to(tl.int64)[:, None] * num_columns + columns[None, :],
                 mask=(cells < num_cells)[:, None] & (columns < num_columns)[None, :], other=0)
@@ -90,6 +119,12 @@ def _assemble_kernel(alpha_ptr, cells_ptr, kernel_ptr, num_rows, num_cells, num_
                            out_dtype=ACC)
         row_places = _row_places(rows, num_mixtures, out_groups, in_groups, stride_n, stride_s,
                                  stride_og, stride_ig)
+        if scale_ptr is not None:
+            channels = ((rows % num_mixtures // in_groups % out_groups * (num_columns // run))
+                        [:, None] + (columns // run)[None, :])
+            total *= tl.load(
+                scale_ptr + channels,
+                mask=(rows < num_rows)[:, None] & (columns < num_columns)[None, :], other=0).to(ACC)
         tl.store(kernel_ptr + row_places[:, None] + column_places[None, :], total.to(dtype),
                  mask=(rows < num_rows)[:, None] & (columns < num_columns)[None, :])
 
@@ -161,6 +196,50 @@ def _grad_alpha_kernel(grad_ptr, cells_ptr, partial_ptr, num_rows, num_cells, nu
              mask=(rows < num_rows)[:, None] & (cells < num_cells)[None, :])
 
 
+@triton.jit(do_not_specialize=['num_samples', 'out_groups', 'c_out', 'num_positions',
+                               'cell_positions', 'in_groups'])
+def _mix_bases_kernel(hidden_ptr, logits_ptr, bases_ptr, kernel_ptr, num_samples, num_logits,
+                      num_bases, width, out_groups, c_out, num_positions, cell_positions,
+                      in_groups, ACC: tl.constexpr, PRECISION: tl.constexpr,
+                      BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
+                      BLOCK_W: tl.constexpr):
+    """kernel[sample, block, column] = sum_k h[sample, k] bases[block, k, column] / norm.
+
+    Bases of units that are 0 for all samples of a tile are not read. Grid: blocks, then blocks of
+    columns.
+    """
+    dtype = kernel_ptr.dtype.element_ty
+    basis_block = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    # Blocks are ordered (out group, channel, position of a cell, within a cell, in group).
+    position = basis_block // in_groups // cell_positions
+    out_group = position // num_positions // c_out
+    mixture = ((position % num_positions * out_groups + out_group) * in_groups
+               + basis_block % in_groups)
+    num_mixtures = num_positions * out_groups * in_groups
+    for first_sample in range(0, num_samples, BLOCK_N):
+        samples = first_sample + tl.arange(0, BLOCK_N)
+        is_sample = samples < num_samples
+        norms = _norms(logits_ptr, (samples.to(tl.int64) * num_mixtures + mixture) * num_logits,
+                       is_sample, num_logits, ACC, BLOCK_C)
+        total = tl.zeros((BLOCK_N, BLOCK_W), ACC)
+        for first_basis in range(0, num_bases, BLOCK_H):
+            bases = first_basis + tl.arange(0, BLOCK_H)
+            units = tl.load(hidden_ptr + samples[:, None] * (num_bases - 1) + bases[None, :],
+                            mask=is_sample[:, None] & (bases < num_bases - 1)[None, :], other=0)
+            units = tl.where((bases == num_bases - 1)[None, :], 1.0, units.to(ACC))
+            is_read = tl.max((units != 0).to(tl.int32), 0) > 0
+            places = (basis_block.to(tl.int64) * num_bases + bases) * width
+            elements = tl.load(bases_ptr + places[:, None] + columns[None, :],
+                               mask=is_read[:, None] & (columns < width)[None, :], other=0)
+            total = tl.dot(units.to(dtype), elements.to(dtype), total, input_precision=PRECISION,
+                           out_dtype=ACC)
+        places = (samples.to(tl.int64) * tl.num_programs(0) + basis_block) * width
+        tl.store(kernel_ptr + places[:, None] + columns[None, :],
+                 (total / norms[:, None]).to(dtype),
+                 mask=is_sample[:, None] & (columns < width)[None, :])
+
+
 class _Layout(NamedTuple):
     """The kernels' integer arguments from ``num_rows`` on, in this order."""
 
@@ -213,12 +292,25 @@ class _Layout(NamedTuple):
 
 
 def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Sequence[int],
-             dtype: torch.dtype) -> Tensor:
-    """``operators.assemble`` without a scale; mixtures are written directly to their places.
+             scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``operators.assemble``; mixtures are written straight to their places.
 
     Sums are in float32 (float64 for float64). float32 factors are rounded to TF32 if torch's own
     products would be. Equal inputs give exactly equal results. A cell may have up to 2^31 elements.
     """
+    return _assemble(alpha, None, None, cells, grid, kernel_size, scale, dtype, False)
+
+
+def assemble_logits(logits: Tensor, beta: Tensor | None, tau: Tensor | None, cells: Tensor,
+                    grid: Sequence[int], kernel_size: Sequence[int], scale: Tensor | None,
+                    dtype: torch.dtype) -> Tensor:
+    """``operators.assemble_logits``: as ``assemble``, and mixing weights never reach memory."""
+    return _assemble(logits, beta, tau, cells, grid, kernel_size, scale, dtype, True)
+
+
+def _assemble(alpha: Tensor, beta: Tensor | None, tau: Tensor | None, cells: Tensor,
+              grid: Sequence[int], kernel_size: Sequence[int], scale: Tensor | None,
+              dtype: torch.dtype, are_logits: bool) -> Tensor:
     memory = torch.empty(memory_shape(len(alpha), grid, cells.shape), dtype=dtype,
                          device=alpha.device)
     kernel = view_as_kernel(memory, grid, cells.shape, kernel_size)
@@ -231,9 +323,30 @@ def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Seq
     programs = _programs(triton.cdiv(layout.num_rows, block_r), column_blocks)
     with torch.cuda.device_of(alpha):
         _assemble_kernel[column_blocks, programs](
-            alpha.contiguous(), cells.contiguous(), kernel, *layout,
-            **layout.options(dtype, block_r, block_c, block_d))
+            alpha.contiguous(), None if beta is None else beta.contiguous(), tau,
+            cells.contiguous(), None if scale is None else scale.contiguous(), kernel, *layout,
+            ARE_LOGITS=are_logits, **layout.options(dtype, block_r, block_c, block_d))
     return kernel
+
+
+def mix_bases(hidden: Tensor, logits: Tensor, bases: Tensor, grid: Sequence[int],
+              kernel_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """``operators.mix_bases``; norms are computed beside the product."""
+    (num_blocks, num_bases, width), num_samples = bases.shape, len(hidden)
+    out_groups, c_out, num_positions, cell_positions, in_groups = block_shape(grid, kernel_shape)
+    memory = torch.empty((num_samples, kernel_shape[0], math.prod(kernel_shape[2:]),
+                          kernel_shape[1]), dtype=dtype, device=bases.device)
+    if memory.numel():
+        block_w = block(width, 16, 64 if dtype == torch.float64 else 128)
+        with torch.cuda.device_of(bases):
+            _mix_bases_kernel[num_blocks, triton.cdiv(width, block_w)](
+                hidden.contiguous(), logits.contiguous(), bases.contiguous(), memory, num_samples,
+                logits.shape[2], num_bases, width, out_groups, c_out, num_positions,
+                cell_positions, in_groups,
+                ACC=tl.float64 if dtype == torch.float64 else tl.float32,
+                PRECISION=dot_precision(dtype), BLOCK_N=16, BLOCK_C=64,
+                BLOCK_H=block(num_bases, 16, 32), BLOCK_W=block_w, num_warps=4, num_stages=3)
+    return positions_last(memory, kernel_shape[2:])
 
 
 def assemble_grad_cells(pieces: Tensor, alpha: Tensor) -> Tensor:

@@ -257,11 +257,12 @@ def test_bases_in_single_precision(batch, calls):
     torch.manual_seed(0)
     # Two output channels and three positions, each with its own mixtures.
     mixtures = torch.tensor([0, 1, 2, 0, 1, 2])
-    hidden, norms = torch.randn(batch, 4).relu(), torch.rand(batch, 3) + 1
+    hidden, logits = torch.randn(batch, 4).relu(), torch.randn(batch, 3, 6)
+    norms = ops.logit_norms(logits)
     bases = torch.randn(len(mixtures), 5, 33)
     exact = torch.einsum('bk,ukw->buw', torch.cat((hidden, torch.ones(batch, 1)), 1).double(),
                          bases.double()) / norms[:, mixtures].double().unsqueeze(-1)
-    found = ops.mix_bases(hidden, norms, bases, (3, 1, 1), (2, 33, 3))
+    found = ops.mix_bases(hidden, logits, bases, (3, 1, 1), (2, 33, 3))
     close(found.transpose(2, 3).flatten(1, 2), exact, 5)
     assert calls == ['kw_mm_mix'] * (batch > 0)
 

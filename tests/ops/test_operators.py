@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity import geometries
+from parity import check, geometries
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from kw_mm import ops
-from kw_mm.ops import operators
+from kw_mm.ops import operators, reference
 from kw_mm.ops.layout import cut_kernel
 
 needs_operators = pytest.mark.skipif(not operators.ARE_REGISTERED,
@@ -49,7 +49,7 @@ def inputs(case, dtype=torch.float64, batch=2, scaled=False):
 
 def bases_inputs(dtype=torch.float64):
     torch.manual_seed(0)
-    tensors = [torch.rand(2, 4, dtype=dtype), torch.rand(2, 3, dtype=dtype) + 1,
+    tensors = [torch.rand(2, 3, dtype=dtype), torch.randn(2, 3, 6, dtype=dtype),
                torch.randn(6, 4, 5, dtype=dtype)]
     return [t.requires_grad_() for t in tensors], (3, 1, 1), (2, 5, 3)
 
@@ -76,6 +76,36 @@ def test_the_dispatcher_s_own_checks_of_bases():
     tensors, grid, shape = bases_inputs()
     torch.library.opcheck(torch.ops.kw_mm.mix_bases.default,
                           (*tensors, grid, shape, torch.float64))
+
+
+@pytest.mark.parametrize('scaled', [False, True])
+@pytest.mark.parametrize('tau', [None, 0.3])
+@pytest.mark.parametrize('case', ['spatial', 'whole'])
+def test_logits_in_one_operator(case, tau, scaled):
+    tensors, sizes = inputs(case, batch=1, scaled=scaled)
+    alpha, cells = (t.detach() for t in tensors[:2])
+    logits = torch.randn(*alpha.shape[:2], alpha.shape[2] + 1).double().requires_grad_()
+    scale = tensors[2].detach() if scaled else None
+    beta = None if tau is None else torch.rand(alpha.shape[1:]).double()
+    tau = tau if tau is None else torch.tensor(tau).double()
+    arguments = logits, beta, tau, cells[..., :2, :, :].requires_grad_(), *sizes, scale
+    zeros = (torch.zeros_like(alpha[0]), torch.zeros(()).double()) if beta is None else (beta, tau)
+
+    def kernel(logits, cells, scale=None):
+        return ops.assemble_logits(logits, beta, tau, cells, *sizes, scale)
+
+    def literal(logits, cells, scale=None):
+        alpha = reference.mixing_weights(logits, *zeros)
+        found = reference.assemble_kernel(alpha, cells, *sizes)
+        return found if scale is None else found * scale.view(-1, 1, 1, 1)
+
+    leaves = [arguments[0], arguments[3], *([scale.requires_grad_()] if scaled else [])]
+    check(kernel, literal, leaves)
+    assert torch.autograd.gradcheck(kernel, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(kernel, leaves, fast_mode=True)
+    if operators.ARE_REGISTERED:
+        torch.library.opcheck(torch.ops.kw_mm.assemble_logits.default,
+                              (*arguments, torch.float64))
 
 
 @pytest.mark.parametrize('scaled', [False, True])

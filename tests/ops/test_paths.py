@@ -97,7 +97,7 @@ def test_bases_give_the_kernels_of_the_attention(g, batch, hidden, scaled, dead,
         logits = torch.einsum('mnh,bh->bmn', weight, before.relu()) + bias
         bases = ops.contract_bases(weight[:, :-1], bias[:, :-1], cells, grid, scale)
         return ops.mix_bases(
-            before.relu(), ops.logit_norms(logits), bases, grid,
+            before.relu(), logits, bases, grid,
             (grid[1] * cells.shape[1], grid[2] * cells.shape[2], *g['kernel_size']))
 
     def literal(weight, bias, cells, before, scale):

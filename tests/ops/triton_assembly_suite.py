@@ -8,6 +8,7 @@ from optimised import optimised, outputs, randomise
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton_checks import (
+    BASES_KERNEL,
     DEVICE,
     KERNELS,
     check,
@@ -180,10 +181,58 @@ def test_everything_is_written_and_nothing_else(case, poison):  # noqa: F811
     for dtype in (torch.float64, torch.bfloat16):
         (alpha, cells), sizes = inputs(case, dtype)
         alpha, cells = alpha.detach(), cells.detach()
-        out = triton_assembly.assemble(alpha, cells, *sizes, cells.dtype)
+        out = triton_assembly.assemble(alpha, cells, *sizes, None, cells.dtype)
         pieces = cut_kernel(torch.ones_like(out), sizes[0], cells.shape[1:])
         triton_assembly.assemble_grad_alpha(pieces, cells)
         triton_assembly.assemble_grad_cells(pieces, alpha)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, *DTYPES])
+@pytest.mark.parametrize('tied', [False, True])
+@pytest.mark.parametrize('scaled', [False, True])
+@pytest.mark.parametrize('case', ['3x3', 'cells with an extent', 'many rows and cells',
+                                  'no sample'])
+def test_logits_in_one_kernel(case, scaled, tied, dtype, launches):  # noqa: F811
+    (alpha, cells), sizes = inputs(case, torch.float64)
+    alpha, cells = alpha.detach(), cells.detach().to(dtype)
+    logits = torch.randn(*alpha.shape[:2], alpha.shape[2] + 1).to(alpha.device, dtype)
+    tie = (torch.rand_like(alpha[0] if len(alpha) else alpha.new_ones(alpha.shape[1:])).to(dtype),
+           torch.tensor(0.3, dtype=torch.float64, device=DEVICE)) if tied else (None, None)
+    scale = torch.rand(sizes[0][1] * cells.shape[1], device=DEVICE) + 1 if scaled else None
+    arguments = (*tie, cells, *sizes, scale, dtype)
+    out = operators.assemble_logits(logits, *arguments)
+    exact = products.assemble_logits(
+        logits.double(), *(t if t is None else t.double() for t in tie), cells.double(), *sizes,
+        scale if scale is None else scale.double(), torch.float64)
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=(
+        1e-12 if dtype == torch.float64 else 4 * torch.finfo(dtype).eps * exact.abs().max().item()
+        if exact.numel() else 0))
+    assert out.stride() == products.assemble_logits(logits, *arguments).stride()
+    assert launches == ({'_assemble_kernel': 1} if out.numel() else {})
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, *DTYPES])
+@pytest.mark.parametrize('grid, cell_kernel, kernel', [((9, 2, 3), 1, (3, 3)),
+                                                       ((1, 3, 1), 9, (3, 3)),
+                                                       ((1, 2, 2), 1, (1, 1))])
+@pytest.mark.parametrize('batch', [0, 1, 19])
+def test_bases(batch, grid, cell_kernel, kernel, dtype, launches):  # noqa: F811
+    torch.manual_seed(0)
+    out_groups, in_groups, width = *grid[1:], 37
+    shape = (out_groups * 2, in_groups * width, *kernel)
+    hidden = torch.randn(batch, 21, device=DEVICE, dtype=dtype).relu()
+    hidden[:, ::4] = 0  # of no sample
+    logits = torch.randn(batch, math.prod(grid), 70, device=DEVICE, dtype=dtype)
+    bases = torch.randn(out_groups * 2 * grid[0] * cell_kernel * in_groups, 22, width,
+                        device=DEVICE, dtype=dtype)
+    out = operators.mix_bases(hidden, logits, bases, grid, shape, dtype)
+    exact = products.mix_bases(hidden.double(), logits.double(), bases.double(), grid, shape,
+                               torch.float64)
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=(
+        1e-12 if dtype == torch.float64 else 4 * torch.finfo(dtype).eps * exact.abs().max().item()
+        if exact.numel() else 0))
+    assert out.stride() == exact.stride()
+    assert launches == ({BASES_KERNEL: 1} if batch else {})
 
 
 def test_strided_inputs():

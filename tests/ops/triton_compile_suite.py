@@ -83,7 +83,7 @@ def compile_assembly(target, grid, kernel_size, cell_shape, num_samples, num_cel
     _, dtype, alpha_dtype = target
     alpha = meta(num_samples, math.prod(grid), num_cells, dtype=alpha_dtype)
     cells = meta(num_cells, *cell_shape, dtype=dtype)
-    kernel = triton_assembly.assemble(alpha, cells, grid, kernel_size, dtype)
+    kernel = triton_assembly.assemble(alpha, cells, grid, kernel_size, None, dtype)
     pieces = cut_kernel(kernel, grid, cell_shape)
     assert kernel.dtype == triton_assembly.assemble_grad_cells(pieces, alpha).dtype == dtype
     grad_alpha = triton_assembly.assemble_grad_alpha(pieces, cells)
@@ -132,3 +132,17 @@ def test_gathered_pieces(ptx, target):
 def test_assembly_of_odd_sizes(ptx, target, grid, kernel_size, cell_shape):
     compile_assembly(target, grid, kernel_size, cell_shape, 3, 1)
     assert len(ptx) == 3
+
+
+@pytest.mark.parametrize('tied', [False, True])
+def test_logits_and_bases(ptx, target, tied):
+    _, dtype, alpha_dtype = target
+    grid, cells = (9, 2, 1), meta(32, 48, 48, 1, 1, dtype=dtype)
+    tie = (meta(18, 32, dtype=alpha_dtype), meta(1, dtype=torch.float64)) if tied else (None, None)
+    triton_assembly.assemble_logits(meta(2, 18, 33, dtype=alpha_dtype), *tie, cells, grid, (3, 3),
+                                    meta(96, dtype=alpha_dtype), dtype)
+    triton_assembly.mix_bases(meta(2, 16, dtype=alpha_dtype), meta(2, 18, 33, dtype=alpha_dtype),
+                              meta(864, 17, 48, dtype=dtype), grid, (96, 48, 3, 3), dtype)
+    assert set(ptx) == {'_assemble_kernel', '_mix_bases_kernel'}
+    # Bases, all that is large there, come in whole vectors.
+    assert 'cp.async.cg' in ptx['_mix_bases_kernel']

@@ -32,8 +32,8 @@ def known_memory_and_rates(monkeypatch):
 
 
 def test_nothing_is_said_of_speed_when_parity_fails(monkeypatch, capsys, tmp_path):
-    right = conv_module.assemble_kernel
-    monkeypatch.setattr(conv_module, 'assemble_kernel', lambda *args: right(*args) * 1.01)
+    right = conv_module.dynamic_conv
+    monkeypatch.setattr(conv_module, 'dynamic_conv', lambda *args: right(*args) * 1.01)
     monkeypatch.setattr('kw_benchmark.speed.compare', None)  # is not reached
     files = [tmp_path / 'out.md', tmp_path / 'out.json']
     status = speed.main([*TINY, '--budgets', '1', '--inference', '1x32x32',

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 # Each command is the ``main(argv)`` of a module.
 COMMANDS = {
+    'gpu': ('kw_benchmark.gpu', 'all checks and figures on a GPU, within minutes'),
     'speed': ('kw_benchmark.speed', 'KW networks beside their static twins: time, memory, floors'),
 }
 

@@ -2,17 +2,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .machine import Rates
 from .parity import Check
+from .tables import NOTHING, markdown_table
 from .timing import Ratio
 
 NO_GPU = 'no GPU at hand, the script is ready'
-NO_MEMORY = 'this system does not tell the memory of a process'
-NOTHING = '-'
 HOW_TO_READ = (
     'Times are medians; ratios are medians of neighbours in time (lowest..highest). The floor is '
     'the static network and the least that mixing kernels takes beside it.')
@@ -75,15 +74,6 @@ def describe_checks(name: str, checks: Sequence[Check]) -> str:
     worst = max(checks, key=lambda check: check.error / check.tolerance)
     return (f'Parity of {name}: {len(checks)} comparisons passed; the closest call is '
             f'{worst.name}, {worst.error:.1e} of at most {worst.tolerance:.1e}.')
-
-
-def markdown_table(rows: Iterable[Mapping[str, str]]) -> str:
-    """A table of rows, dicts by column title; a row may lack columns."""
-    rows = list(rows)
-    titles = list(dict.fromkeys(title for row in rows for title in row))
-    lines = (titles, ['---'] * len(titles), *([row.get(title, NOTHING) for title in titles]
-                                              for row in rows))
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
 def _head(row: Row) -> dict[str, str]:
