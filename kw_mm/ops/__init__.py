@@ -16,4 +16,5 @@ from .layout import cut_kernel
 
 __all__ = ['assemble_kernel', 'assemble_logits', 'collect_gradients',
            'contract_bases', 'cut_kernel', 'dynamic_conv', 'hidden_units', 'logit_norms',
-           'mean_positions', 'mix_bases', 'mixing_weights', 'order_logits', 'use_cpu_products', 'use_triton']
+           'mean_positions', 'mix_bases', 'mixing_weights', 'order_logits',
+           'use_cpu_products', 'use_triton']

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import operators
+from . import dispatch, operators
 from .attention import mixing_weights
 from .autocast import product_dtype
 from .cell_gradients import assemble_collected, is_collected
@@ -33,7 +33,7 @@ def assemble_kernel(alpha: Tensor, cells: Tensor, grid: Sequence[int],
     if scale is None and dtype is None and is_collected(cells):
         return assemble_collected(alpha, cells, grid, kernel_size)
     dtype = product_dtype(cells) if dtype is None else dtype
-    return operators.assemble(alpha, cells, grid, kernel_size, scale, dtype)
+    return operators.assemble(alpha, _for_all_layers(cells, dtype), grid, kernel_size, scale, dtype)
 
 
 def assemble_logits(logits: Tensor, beta: Tensor | None, tau: Tensor | None, cells: Tensor,
@@ -58,4 +58,15 @@ def assemble_logits(logits: Tensor, beta: Tensor | None, tau: Tensor | None, cel
         return assemble_kernel(mixing_weights(logits, beta, tau), cells, grid, kernel_size, scale,
                                dtype)
     dtype = product_dtype(cells) if dtype is None else dtype
-    return operators.assemble_logits(logits, beta, tau, cells, grid, kernel_size, scale, dtype)
+    return operators.assemble_logits(logits, beta, tau, _for_all_layers(cells, dtype), grid,
+                                     kernel_size, scale, dtype)
+
+
+def _for_all_layers(cells: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cells in the precision of their mixtures, if that is narrower and a compiler is reading.
+
+    It converts them once for all layers of a warehouse. Inside of an operator it would not see that
+    they do the same.
+    """
+    narrows = dispatch.is_compiling() and cells.dtype.itemsize > dtype.itemsize
+    return cells.to(dtype) if narrows else cells

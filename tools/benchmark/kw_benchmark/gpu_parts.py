@@ -60,7 +60,8 @@ def each(findings: Findings) -> Iterator[Any]:
         except Exception as error:
             text = f'{type(error).__name__}: {error}'
             # All of a comparison, else what a reader can take in.
-            findings.note(f'FAILED {name}: {text if isinstance(error, ParityError) else text[:600]}')
+            text = text if isinstance(error, ParityError) else text[:600]
+            findings.note(f'FAILED {name}: {text}')
             failures.append(name)
             return None
 
@@ -94,8 +95,9 @@ def backbone(device: str, _: Path) -> None:
                 rates[setting.dtype] = measure_rates(setting, *(
                     () if setting.on_cuda else (256, 2**20)))
                 found = rates[setting.dtype]
-                findings.note(f'{setting.dtype_name}: {found.operations / 1e12:.3g} T multiply-adds '
-                              f'and {found.bandwidth / 1e9:.4g} GB in a second.')
+                findings.note(
+                    f'{setting.dtype_name}: {found.operations / 1e12:.3g} T multiply-adds and '
+                    f'{found.bandwidth / 1e9:.4g} GB in a second.')
             for budget in (1, 4):
                 options = dict(depth=50) if setting.on_cuda else dict(depth=18, base_channels=8)
                 row = attempt(f'{workload.name}, b={budget}', lambda w, b, o, r: compare(

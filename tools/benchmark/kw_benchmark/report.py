@@ -8,7 +8,7 @@ from typing import Any
 
 from .machine import Rates
 from .parity import Check
-from .tables import NOTHING, markdown_table
+from .tables import markdown_table
 from .timing import Ratio
 
 NO_GPU = 'no GPU at hand, the script is ready'
