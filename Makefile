@@ -28,7 +28,7 @@ unexport PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-seg test quick test-matrix gpu-check env check lint clean distclean
+.PHONY: help demo demo-seg test quick coverage test-matrix gpu-check env check lint clean distclean
 
 help:  ## say what can be made
 	@echo 'Type one of these; what needs the environment makes it first.'

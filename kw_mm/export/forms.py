@@ -8,9 +8,9 @@ from torch import nn
 
 from ..convert.surgery import swap_
 from ..inference import OptimizationReport, OptimizedConv, optimize_for_inference_
-from ..inference.norms import has_hooks
-from ..inference.optimization import KW_CONVS, find_fixed
+from ..inference.optimization import find_fixed
 from ..layers import KWLinear
+from ..layers.conv import KW_CONVS, has_hooks
 from .layers import ExportConv, ExportLinear
 
 WEIGHTS = ('bases', 'cells')

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..convert.surgery import all_paths, hidden_references, swap_
-from ..inference.optimization import KW_CONVS
 from ..layers import KWLinear, WarehouseManager
+from ..layers.conv import KW_CONVS
 from ..ops import assemble_kernel, mixing_weights
 from ..ops.autocast import widest_dtype
 from ..plan import WarehousePlan

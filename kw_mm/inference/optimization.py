@@ -11,12 +11,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..arguments import checks_arguments
 from ..convert.surgery import hidden_references, swap_
-from ..layers import KWConv1d, KWConv2d, KWConv3d
-from ..layers.conv import has_hooks
+from ..layers.conv import KW_CONVS, has_hooks
 from ..ops.cell_storage import reads_by_rows, store_by_rows
 from ..table import format_table
 from .budget import choose_layers
-from .layers import OptimizedConv, fold_norm
+from .layers import NOT_TRAINABLE, OptimizedConv, fold_norm
 from .norms import find_norms
 
 # 1.5 GiB: enough for all bases that read fewer bytes than cells in a KW-ResNet50 of budget 4.
