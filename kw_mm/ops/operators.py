@@ -135,9 +135,10 @@ else:
         ctx.save_for_backward(alpha, cells, scale)
 
     def _assemble_backward(ctx: Any, grad: Tensor) -> tuple:
+        alpha, cells, scale = ctx.saved_tensors
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
         grad_alpha, grad_cells, grad_scale = _assembly_gradients(
-            grad, *ctx.saved_tensors, ctx.grid, ctx.kernel_size, needs)
+            grad, alpha, cells, scale, ctx.grid, ctx.kernel_size, needs)
         return grad_alpha, grad_cells, None, None, grad_scale, None
 
     def _assembly_gradients(grad: Tensor, alpha: Tensor, cells: Tensor, scale: Tensor | None,
