@@ -40,7 +40,7 @@ def compare(path: str | os.PathLike, form: ExportForm, model: nn.Module, cfg: An
         inputs = _inputs(images, batch, size, run.metadata, number)
         feeds = [inputs.numpy()]
         if len(form.input_names) == 2:
-            feeds.append(np.tile(np.float32(size), (batch, 1)))
+            feeds.append(np.tile(np.array(size, np.float32), (batch, 1)))
         found = run(*feeds)
         with torch.no_grad(), scope_of(cfg):
             if form.kind == 'detector':

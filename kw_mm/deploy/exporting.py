@@ -118,7 +118,7 @@ def describe(model: Any, cfg: Config, form: ExportForm, weights: str,
 
 
 def _num_classes(model: Any) -> int:
-    head = getattr(model, 'bbox_head', None) or getattr(model, 'decode_head', None)
+    head: Any = getattr(model, 'bbox_head', None) or getattr(model, 'decode_head', None)
     if head is None:
         head = model.roi_head.bbox_head
         head = head[-1] if isinstance(head, nn.ModuleList) else head

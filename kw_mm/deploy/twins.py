@@ -157,6 +157,11 @@ def _roll(x: Tensor, shift: int, dim: int) -> Tensor:
 class DeformableAttention(nn.Module):
     """For ``MultiScaleDeformableAttention`` (DINO), with levels' sizes that are numbers."""
 
+    sampling_offsets: nn.Linear
+    attention_weights: nn.Linear
+    value_proj: nn.Linear
+    output_proj: nn.Linear
+
     def __init__(self, attention: Any) -> None:
         super().__init__()
         if not attention.batch_first:

@@ -23,6 +23,12 @@ class ExportConv(CellUser):
     transposed = False  # read by mmcv.cnn.ConvModule
     has_fixed_temperature = True  # read by set_temperature
 
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+    pad_input: Any
     bases: Tensor | None
     bias: Tensor | None
     scale: Tensor | None
@@ -127,7 +133,9 @@ class ExportLinear(nn.Module):
     def __init__(self, conv: ExportConv) -> None:
         super().__init__()
         self.conv = conv
-        self.in_features, self.out_features = conv.in_channels, conv.out_channels
+        own: Any = conv
+        self.in_features: int = own.in_channels
+        self.out_features: int = own.out_channels
         self.eval()
 
     @property
