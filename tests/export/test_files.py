@@ -123,7 +123,7 @@ class Fixed(nn.Module):
     """Computes a number from the example's size."""
 
     def forward(self, x):
-        return x * float(x.shape[2] > 40) + x.new_ones(64)
+        return x * 2 if x.shape[2] > 40 else x
 
 
 def test_what_cannot_be_written_is_told(tmp_path, monkeypatch):
