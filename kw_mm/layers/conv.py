@@ -253,7 +253,9 @@ class _KWConvNd(CellUser):
     def kernel(self, x: Tensor) -> Tensor:
         """The kernels for an input ``(N, C_in, *spatial)``: ``(N, C_out, C_in / groups, *k)``."""
         attention, grid = self.attention, self.plan.grid
-        if torch.is_grad_enabled() or torch.jit.is_tracing() or has_hooks(attention):
+        # A wrapper, as for sharding, wants to be called, and so do hooks.
+        if (torch.is_grad_enabled() or torch.jit.is_tracing() or type(attention) is not Attention
+                or 'forward' in attention.__dict__ or has_hooks(attention)):
             return assemble_kernel(attention(x), collect_gradients(self.cells), grid,
                                    self.kernel_size)
         # Nobody asks for the mixing weights.

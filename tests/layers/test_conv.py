@@ -192,3 +192,19 @@ def test_geometry_that_is_set_later_counts(padding_mode):
         conv._reversed_padding_repeated_twice = [2] * 4  # nn.Conv2d's own copy
     x = torch.randn(2, 4, 7, 6)
     torch.testing.assert_close(layer(x), static(x), rtol=1e-4, atol=1e-4)
+
+
+def test_an_attention_that_is_hooked_or_wrapped_is_called():
+    # Where nobody asks for mixing weights they are made inside of an operator. Hooks, and wrappers
+    # that gather sharded parameters first, would never be called.
+    layer, seen = KWConv2d(4, 6, 3).eval(), []
+    x = torch.randn(2, 4, 5, 5)
+    with torch.no_grad():
+        expected = layer(x)
+        handle = layer.attention.register_forward_hook(lambda *args: seen.append(args[2].shape))
+        torch.testing.assert_close(layer(x), expected)
+        handle.remove()
+        layer.attention = nn.Sequential(layer.attention)
+        layer.attention.register_forward_hook(lambda *args: seen.append(args[2].shape))
+        torch.testing.assert_close(layer(x), expected)
+    assert seen == [(2, layer.plan.num_mixtures, layer.plan.num_cells)] * 2
