@@ -28,7 +28,7 @@ from .triton_support import block, dot_precision
 # Arguments that vary between batches, for which kernels are not compiled again.
 UNSPECIALIZED = ['num_rows', 'num_mixtures', 'out_groups', 'in_groups']
 
-EPS = tl.constexpr(reference.EPS)
+_EPS = tl.constexpr(reference.EPS)
 
 # Programs at least, where there is enough to do: two for each of the 132 processors of an H100.
 NUM_PROGRAMS = 264
@@ -72,7 +72,7 @@ def _norms(logits_ptr, places, is_row, num_logits, ACC: tl.constexpr, BLOCK_C: t
         z = tl.load(logits_ptr + places[:, None] + columns[None, :],
                     mask=is_row[:, None] & (columns < num_logits)[None, :], other=0)
         total += tl.sum(tl.abs(z.to(ACC)), 1)
-    return total + EPS
+    return total + _EPS
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
