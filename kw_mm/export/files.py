@@ -37,8 +37,9 @@ def write_model(model: nn.Module, path: str | os.PathLike, to: str, example: tup
             tuple of them.
         path: Of the file, which ends as ``SUFFIXES`` says. One that is there is replaced.
         to: ``'onnx'``, ``'openvino'``, ``'torch_export'`` or ``'torchscript'``.
-        example: Arguments to record the model with: the first one images ``(N, C, *spatial)`` with
-            N at least 2 and no two sizes the same, all with the batch in front.
+        example: Arguments to record the model with: the first one images ``(N, C, *spatial)``, all
+            with the batch in front. N is at least 2, each size at least twice ``multiple``, and no
+            two sizes are the same, because torch takes ones, and what is equal, for constants.
         input_names: Of the arguments.
         output_names: Of what the model returns.
         metadata: What the file is to say about itself, plain values.

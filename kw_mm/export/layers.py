@@ -104,17 +104,19 @@ class ExportAttention(OptimizedAttention):
     The layer keeps tau in float64, which some runtimes lack.
     """
 
+    tied_part: Tensor | None
+
     def __init__(self, attention: OptimizedAttention) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(attention.__dict__)
         for name in ('_parameters', '_buffers', '_modules'):
             self.__dict__[name] = dict(attention.__dict__[name])
-        self.factor, self.tied_part = 1.0, None
+        self.factor, tied_part = 1.0, None
         if self.tied:
             self.factor = 1 - self.tau.item()
-            beta = (self.tau * self.beta).to(self.weight.dtype)
+            tied_part = (self.tau * self.beta).to(self.weight.dtype)
             del self.beta, self.tau
-            self.register_buffer('tied_part', beta)
+        self.register_buffer('tied_part', tied_part)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mixing weights ``(N, m, n)`` of an input ``(N, C, *spatial)``."""

@@ -26,7 +26,7 @@ def write(tmp_path, model, to, weights='cells', multiple=32, dims=2, channels=3,
     twin = copy.deepcopy(model)
     with bases_everywhere():
         prepare_for_export_(twin, weights)
-    example = torch.zeros(2, channels, *(64, 96, 32)[:dims])
+    example = torch.zeros(2, channels, *(64, 96, 128)[:dims])
     names = [f'level{i}' for i in range(outputs or 1)]
     path = tmp_path / f'model{SUFFIXES[to]}'
     write_model(twin, path, to, (example,), ['images'], names, dict(about='a test'), multiple)
