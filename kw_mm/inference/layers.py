@@ -192,8 +192,9 @@ class OptimizedConv(CellUser):
         hidden = attention.hidden(x)
         logits = attention.logits(hidden)
         if self.bases is None:
-            return assemble_logits(logits, *attention.assignment, self.cells, grid,
-                                   self.kernel_size, self.scale, dtype)
+            beta, tau = attention.assignment
+            return assemble_logits(logits, beta, tau, self.cells, grid, self.kernel_size,
+                                   self.scale, dtype)
         return mix_bases(hidden, logits, self.bases, grid, self.plan.spec.weight_shape, dtype)
 
     @torch.no_grad()
