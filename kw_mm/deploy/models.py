@@ -79,8 +79,12 @@ class ExportForm(nn.Module):
         # Some of OpenMMLab's train() return nothing, so that this is not chained.
         self.training = False
 
-    def example(self, height: int = 64, width: int = 96, batch: int = 2) -> tuple[Tensor, ...]:
-        """Arguments to record the function with, of any content."""
+    def example(self, height: int = 320, width: int = 448, batch: int = 2) -> tuple[Tensor, ...]:
+        """Arguments to record the function with, of any content.
+
+        So large that no level of a feature pyramid, at a 128th of the image, has a size of 1, which
+        torch would take for a constant.
+        """
         images = torch.zeros(batch, 3, height, width)
         if len(self.input_names) == 1:
             return (images,)
