@@ -16,6 +16,9 @@ from .models import ExportForm
 # Relative for feature maps and logits; for objects of scores, and of corners in pixels over the
 # larger side of the image.
 TOLERANCE = 1e-4
+# Of all objects, those that may be in one of both alone: whether a box suppresses another is a
+# comparison of their overlap with a threshold, which rounding may tip.
+MAX_ALONE = 0.01
 # Batch sizes and image sizes to compare at. Large enough for the 900 queries of a DINO.
 CASES = ((1, (256, 320)), (2, (320, 256)))
 
@@ -99,8 +102,9 @@ def _compare_objects(model: Any, inputs: Tensor, size: tuple[int, int],
         worst, count, missing = max(worst, error), count + len(expected[0]), missing + left
     text = f'{count} objects, scores and corners within {worst:.1e}'
     if missing:
-        return float('inf'), f'{text}, {missing} in one of both alone'
-    return worst, text
+        text += f', {missing} in one of both alone'
+    # Each is missing on one of the two sides.
+    return float('inf') if missing > MAX_ALONE * 2 * count else worst, text
 
 
 def match_objects(expected: tuple[np.ndarray, ...], found: tuple[np.ndarray, ...],

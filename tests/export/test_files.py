@@ -123,7 +123,7 @@ class Fixed(nn.Module):
     """Takes images of one size."""
 
     def forward(self, x):
-        return x * int(x.shape[2])
+        return x.reshape(2, 3, 64, 96) * 2
 
 
 def test_what_cannot_be_written_is_told(tmp_path, monkeypatch):

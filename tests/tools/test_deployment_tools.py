@@ -76,8 +76,8 @@ def test_segmentor(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert 'kernels are means over 4 images' in printed
     # The same data set and metrics for the model in PyTorch, in the first column.
-    row = next(line for line in printed.splitlines() if line.startswith('mIoU'))
-    assert float(row.split()[-2]) == pytest.approx(found['mIoU'], abs=0.05)  # of 100
+    row = next(line.split() for line in printed.splitlines() if line.split()[:1] == ['mIoU'])
+    assert float(row[-2]) == pytest.approx(found['mIoU'], abs=0.05)  # of 100
     made = (tmp_path / 'static/config.py').read_text()
     assert "type='ResNet'" in made and 'KW' not in made and 'kw_mm' not in made
     tool('tools/deployment/runner.py').main([str(out), str(image)])
