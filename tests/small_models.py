@@ -76,7 +76,7 @@ def small_config(name: str) -> Config:
         model.bbox_head.update(in_channels=32, feat_channels=32, stacked_convs=1)
     if name == 'dino':
         model.num_queries = 60
-        model.encoder.num_layers = model.decoder.num_layers = 2
+        model.encoder.num_layers, model.decoder.num_layers = 1, 2
         model.test_cfg.max_per_img = 50
     return cfg
 

@@ -73,12 +73,15 @@ def test_segmentors(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['mask_rcnn', 'rtmdet', 'dino', 'upernet'])
+@pytest.mark.parametrize('name', ['rtmdet', 'dino'])
 def test_files(tmp_path, name):
+    # tests/tools has a Mask R-CNN and a Semantic FPN. Without KW layers, whose files have tests of
+    # their own, half as many nodes are written.
     cfg = small_config(name)
+    cfg.model.backbone.update(static=True, kw_cfg=None)
     model = build(cfg)
     path = tmp_path / 'model.onnx'
-    form = export_model(model, cfg, path, 'onnx', weights='cells')
+    form = export_model(model, cfg, path, 'onnx')
     lines = compare(path, form, model, cfg)
     assert len(lines) == 2 and all(line.startswith('equals') for line in lines), lines
     proto = onnx.load(path)
