@@ -5,11 +5,13 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import onnx
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from optimised import randomise
+from tensorrt_table import find_violations
 from torch import nn
 
 from kw_mm.datasets import write_shapes
@@ -68,6 +70,7 @@ def test_segmentor(tmp_path, capsys):
     tool('tools/deployment/export.py').main(
         [str(config), str(checkpoint), '--to', 'onnx', '--out', str(out), '--verify', str(image)])
     assert capsys.readouterr().out.count('equals: batch') == 2
+    assert not find_violations(onnx.load(out))
     found = tool('tools/deployment/test.py').main([str(config), str(out)])
     static = tool('tools/model_converters/kw2static.py')
     torch.manual_seed(0)
@@ -100,6 +103,7 @@ def test_detector(tmp_path, capsys):
     model = load_model(cfg, str(checkpoint))
     form = export_model(model, cfg, out, 'onnx')
     assert all(line.startswith('equals') for line in compare(out, form, model, cfg))
+    assert not find_violations(onnx.load(out))
     from mmdet.apis import inference_detector
     run = tool('tools/deployment/runner.py').Runner(str(out))
     assert run.classes == list(model.dataset_meta['classes'])
