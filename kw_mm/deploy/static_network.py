@@ -99,7 +99,12 @@ def _ordinary_backbone(part: Any, module: nn.Module) -> tuple[Any, dict[str, str
     kind = str(part['type']).rpartition('.')[2].replace('_', '')
     candidates: list[tuple[dict[str, Any], dict[str, str]]] = []
     if kind == 'KWResNet':
-        candidates.append((dict(own, type='ResNet'), {}))
+        # A toolbox's ResNet takes one entry for each of its stages, ours ignores further ones;
+        # MMSegmentation's stem has 64 channels however wide the stages are.
+        stages = {key: own[key][:own.get('num_stages', 4)]
+                  for key in ('strides', 'dilations') if key in own}
+        stem = dict(stem_channels=own.get('base_channels', 64))
+        candidates.append((dict(stem, **{**own, **stages}, type='ResNet'), {}))
     elif kind == 'KWMobileNetV2':
         outputs = [_MOBILENET_OUTPUTS[i] for i in own.get('out_indices', (1, 2, 3, 4))]
         layouts: Any = module
@@ -138,10 +143,10 @@ def _forget_us_(cfg: Config) -> None:
     ours = any(str(node.get('type')).rpartition('.')[2].startswith('KW')
                for node in _dicts(cfg.model))
     if not ours and cfg.get('custom_imports'):
-        cfg.custom_imports.imports = [name for name in cfg.custom_imports.imports
-                                      if name != 'kw_mm']
-        if not cfg.custom_imports.imports:
-            del cfg['custom_imports']
+        cfg.custom_imports['imports'] = [name for name in cfg.custom_imports['imports']
+                                         if name != 'kw_mm']
+        if not cfg.custom_imports['imports']:
+            cfg.pop('custom_imports')
 
 
 def _dicts(node: Any) -> Iterator[Any]:

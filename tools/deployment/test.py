@@ -48,9 +48,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         cfg.merge_from_dict(args.cfg_options)
     try:
         run = open_file(args.file, args.threads)
+        check_model(run, cfg, args.file)
         init_default_scope(cfg.get('default_scope', 'mmengine'))
         dataset = DATASETS.build(cfg.test_dataloader.dataset)
-        check_fit(run, cfg, dataset, args.file)
+        check_classes(run, list(dataset.metainfo['classes']), args.file)
     except (FileNotFoundError, ImportError, ValueError) as error:
         parser.error(str(error))
     evaluator = Evaluator(cfg.test_evaluator)
@@ -77,12 +78,8 @@ def open_file(path: str, threads: int | None) -> Runner:
         raise ImportError(f"{error.name} is missing; type: pip install 'kw_mm[deploy]'") from error
 
 
-def check_fit(run: Runner, cfg: Config, dataset: Any, path: str) -> None:
-    """Checks that a file is of a model as the config has it.
-
-    Raises:
-        ValueError: If it is not.
-    """
+def check_model(run: Runner, cfg: Config, path: str) -> None:
+    """Refuses the file of another kind of model than the config has."""
     kind = KINDS.get(cfg.get('default_scope'))
     if run.info['kind'] != kind:
         raise ValueError(f'{path!r} must be the file of a {kind}, as the config is of, got a '
@@ -90,7 +87,10 @@ def check_fit(run: Runner, cfg: Config, dataset: Any, path: str) -> None:
     if run.info['model'] != cfg.model.type:
         raise ValueError(f'{path!r} must be the file of a {cfg.model.type}, as the config has it, '
                          f'got one of a {run.info["model"]}')
-    classes = list(dataset.metainfo['classes'])
+
+
+def check_classes(run: Runner, classes: list[str], path: str) -> None:
+    """Refuses the file of a model with other classes than the data set has."""
     if run.classes != classes:
         raise ValueError(f'{path!r} must be of a model with the classes of the data set, '
                          f'{classes[:5]}, ..., got {run.classes[:5]}, ...')
