@@ -11,12 +11,14 @@ from ..layers import Attention
 from ..layers.conv import KWConv, convolve
 from ..layers.warehouse import CellUser
 from ..ops import (
+    assemble_kernel,
     assemble_logits,
     contract_bases,
     hidden_units,
     mean_positions,
     mix_bases,
     mixing_weights,
+    triton_is_wanted,
 )
 from ..ops.autocast import autocast_dtype, product_dtype, widest_dtype
 
@@ -189,6 +191,9 @@ class OptimizedConv(CellUser):
 
     def _kernel(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         attention, grid = self.attention, self.plan.grid
+        if self.bases is None and not triton_is_wanted():
+            return assemble_kernel(attention(x), self.cells, grid, self.kernel_size, self.scale,
+                                   dtype)
         hidden = attention.hidden(x)
         logits = attention.logits(hidden)
         if self.bases is None:

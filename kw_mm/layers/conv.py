@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from ..arguments import checks_arguments
 from ..config import WarehouseConfig
-from ..ops import assemble_kernel, assemble_logits, collect_gradients, dynamic_conv
+from ..ops import (
+    assemble_kernel,
+    assemble_logits,
+    collect_gradients,
+    dynamic_conv,
+    triton_is_wanted,
+)
 from ..ops.convolution import in_order, is_channels_last
 from ..plan import ConvSpec, LayerPlan, plan_warehouses
 from .attention import Attention
@@ -253,9 +259,11 @@ class _KWConvNd(CellUser):
     def kernel(self, x: Tensor) -> Tensor:
         """The kernels for an input ``(N, C_in, *spatial)``: ``(N, C_out, C_in / groups, *k)``."""
         attention, grid = self.attention, self.plan.grid
-        # A wrapper, as for sharding, wants to be called, and so do hooks.
-        if (torch.is_grad_enabled() or torch.jit.is_tracing() or type(attention) is not Attention
-                or 'forward' in attention.__dict__ or has_hooks(attention)):
+        # One operator for both saves launches where it is one kernel, as in Triton. Counters by
+        # module, wrappers, as for sharding, and hooks want the attention to be called.
+        if (not triton_is_wanted() or torch.is_grad_enabled() or torch.jit.is_tracing()
+                or type(attention) is not Attention or 'forward' in attention.__dict__
+                or has_hooks(attention)):
             return assemble_kernel(attention(x), collect_gradients(self.cells), grid,
                                    self.kernel_size)
         # Nobody asks for the mixing weights.

@@ -35,6 +35,11 @@ def use_triton(enabled: bool = True) -> None:
     _triton_is_wanted, _has_warned = enabled, False
 
 
+def triton_is_wanted() -> bool:
+    """Whether the Triton kernels are asked for."""
+    return _triton_is_wanted
+
+
 def assemble(alpha: Tensor, cells: Tensor, grid: Sequence[int], kernel_size: Sequence[int],
              scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """See ``operators.assemble``."""

@@ -12,6 +12,7 @@ from .tables import markdown_table
 from .timing import Ratio
 
 NO_GPU = 'no GPU at hand, the script is ready'
+NO_MEMORY = 'this system does not tell the memory of a process'
 HOW_TO_READ = (
     'Times are medians; ratios are medians of neighbours in time (lowest..highest). The floor is '
     'the static network and the least that mixing kernels takes beside it.')
