@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..convert.surgery import all_paths, hidden_references, swap_
 from ..layers import KWLinear, WarehouseManager
-from ..layers.conv import KW_CONVS
+from ..layers.conv import KW_CONVS, has_hooks
 from ..ops import assemble_kernel, mixing_weights
 from ..ops.autocast import widest_dtype
 from ..plan import WarehousePlan
@@ -87,7 +87,7 @@ def to_static_(module: nn.Module, images: Iterable[Any] | None = None) -> Static
                          f'{type(module).__name__} without any')
     held = hidden_references(module)
     fixed = [path for conv, path in convs.items()
-             if conv in held or conv._forward_hooks or conv._forward_pre_hooks]
+             if conv in held or has_hooks(conv)]
     if fixed:
         raise ValueError('KW layers must be free of forward hooks and held by the module tree '
                          f'alone, but {fixed[0]!r} is not')

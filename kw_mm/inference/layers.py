@@ -191,16 +191,16 @@ class OptimizedConv(CellUser):
 
     def _kernel(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         attention, grid = self.attention, self.plan.grid
-        if self.bases is None and not triton_is_wanted():
+        if self.bases is not None:
+            hidden = attention.hidden(x)
+            return mix_bases(hidden, attention.logits(hidden), self.bases, grid,
+                             self.plan.spec.weight_shape, dtype)
+        if not triton_is_wanted():
             return assemble_kernel(attention(x), self.cells, grid, self.kernel_size, self.scale,
                                    dtype)
-        hidden = attention.hidden(x)
-        logits = attention.logits(hidden)
-        if self.bases is None:
-            beta, tau = attention.assignment
-            return assemble_logits(logits, beta, tau, self.cells, grid, self.kernel_size,
-                                   self.scale, dtype)
-        return mix_bases(hidden, logits, self.bases, grid, self.plan.spec.weight_shape, dtype)
+        logits, (beta, tau) = attention.logits(attention.hidden(x)), attention.assignment
+        return assemble_logits(logits, beta, tau, self.cells, grid, self.kernel_size, self.scale,
+                               dtype)
 
     @torch.no_grad()
     def _contract(self) -> Tensor:
