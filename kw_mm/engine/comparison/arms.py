@@ -72,8 +72,7 @@ def prepare_arms(configs: Mapping[str, Config], folder: Path) -> list[Arm]:
     arms = []
     for name, cfg in configs.items():
         _equalise_(cfg)
-        arms.append(Arm(name, str(folder / f'{name}.py'), cfg,
-                        sum(p.numel() for p in build_model(cfg).parameters())))
+        arms.append(Arm(name, str(folder / f'{name}.py'), cfg, count_parameters(build_model(cfg))))
     for arm in arms:
         _write(arm)
     return arms
@@ -102,6 +101,11 @@ def build_model(cfg: Config) -> nn.Module:
             return MODELS.build(cfg.model)
         except Exception as error:
             raise ValueError(f'the model of {cfg.filename} cannot be built: {error}') from error
+
+
+def count_parameters(model: nn.Module) -> int:
+    """All of them, frozen ones included."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _write(arm: Arm) -> None:

@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -127,19 +126,13 @@ def _recipe(arms: Sequence[Arm]) -> str:
     """What all arms have in common, and everything in which one differs from the first."""
     cfg = arms[0].cfg
     lines = [f'* batch size {cfg.train_dataloader.batch_size}, {dict(cfg.train_cfg)}',
-             f'* optimizer: {_plain(cfg.optim_wrapper)}']
+             f'* optimizer: {cfg.optim_wrapper.to_dict()}']
     for arm in arms[1:]:
         lines.append(f'* {arm.name} differs from {arms[0].name} in:')
         lines += [f'    * {line}' for key in REPORTED for line in list_differences(
             cfg.get(key), arm.cfg.get(key), key)] or ['    * nothing']
     return '\n'.join(['## Recipe', '', 'All arms of a seed have the same data, augmentations, '
                       'initial heads and schedule.', '', *lines])
-
-
-def _plain(node: Any) -> Any:
-    if isinstance(node, Mapping):
-        return {key: _plain(value) for key, value in node.items()}
-    return [_plain(value) for value in node] if isinstance(node, (list, tuple)) else node
 
 
 def _data(arm: Arm) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """The trainings of a comparison: each arm with each seed, whatever is finished used again."""
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ...files import read_json, write_json
+from ..scalars import read_scalars
 from .arms import Arm
 
 RECORD, START = 'result.json', 'start.json'
@@ -129,31 +129,19 @@ def _run(arm: Arm, seed: int, work_dir: Path, trainer: Trainer, start: str | Non
 
 def headlines(metrics: Mapping[str, float]) -> dict[str, float]:
     """The metrics that are compared: AP of boxes and masks, or mean IoU, or else all."""
-    chosen = {name: value for name, value in metrics.items()
-              if name.endswith(('bbox_mAP', 'segm_mAP', 'mIoU')) or name == 'pascal_voc/mAP'}
+    chosen = {name: value for name, value in metrics.items() if _is_headline(name)}
     return chosen or dict(metrics)
 
 
-def read_scalars(work_dir: Path) -> list[dict[str, Any]]:
-    """The logged lines of a run, in order; of steps that were repeated after an interruption, the
-    last."""
-    lines: dict[tuple[bool, Any], dict[str, Any]] = {}
-    for path in sorted(work_dir.glob('*/vis_data/scalars.json')):
-        for text in path.read_text().splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue  # torn by a kill
-            lines['loss' in line, line.get('step')] = line
-    return list(lines.values())
+def _is_headline(name: str) -> bool:
+    return name.endswith(('bbox_mAP', 'segm_mAP', 'mIoU')) or name == 'pascal_voc/mAP'
 
 
 def _curves(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
     curves: dict[str, list[list[float]]] = {}
     for line in lines:
-        values = {'loss': line['loss']} if 'loss' in line else headlines(
-            {name: value for name, value in line.items()
-             if name.endswith(('bbox_mAP', 'segm_mAP', 'mIoU')) or name == 'pascal_voc/mAP'})
+        values = {'loss': line['loss']} if 'loss' in line else {
+            name: value for name, value in line.items() if _is_headline(name)}
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 curves.setdefault(name, []).append([line['step'], value])

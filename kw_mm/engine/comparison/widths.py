@@ -9,7 +9,7 @@ import torch
 from mmengine.config import Config
 
 from ...config_types import type_name
-from .arms import build_model
+from .arms import build_model, count_parameters
 
 # The option that scales a backbone's channels, its default, and its smallest step.
 _WIDTHS: dict[str, tuple[str, float, float]] = {
@@ -51,7 +51,7 @@ def widen(static: Config, num_parameters: int) -> Config:
         return cfg
 
     def count(steps: int) -> int:
-        return sum(p.numel() for p in build_model(at(steps)).parameters())
+        return count_parameters(build_model(at(steps)))
 
     steps = _nearest(count, num_parameters, narrowest)
     if steps == narrowest:

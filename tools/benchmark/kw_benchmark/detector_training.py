@@ -1,7 +1,6 @@
 """Whole detectors trained for some steps with the project's own tool, on generated images."""
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import subprocess
@@ -13,7 +12,9 @@ from typing import Any
 import torch
 from mmengine.config import Config
 
+from kw_mm.config_types import innermost_dataset
 from kw_mm.datasets import write_shapes
+from kw_mm.engine.scalars import read_scalars
 
 from .detectors import read_config
 from .schedule import Findings
@@ -68,9 +69,7 @@ def make_config(path: Path, data: Path, steps: int, on_cuda: bool) -> Config:
     """A config of the project for some steps on generated images, with a moving average and
     clipped gradients; in mixed precision on a GPU."""
     cfg = read_config(str(path))
-    dataset = cfg.train_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
+    dataset = innermost_dataset(cfg.train_dataloader.dataset)
     dataset.update(data_root=f'{data}/', ann_file='annotations/instances_train.json',
                    data_prefix=dict(img='train/'),
                    metainfo=dict(classes=('circle', 'square', 'triangle', 'ring')))
@@ -97,14 +96,6 @@ def make_config(path: Path, data: Path, steps: int, on_cuda: bool) -> Config:
     if on_cuda:
         cfg.optim_wrapper.update(type='AmpOptimWrapper', dtype='bfloat16')
     return cfg
-
-
-def read_scalars(folder: Path) -> list[dict[str, float]]:
-    """What a run logged, step by step."""
-    files = sorted(folder.glob('*/vis_data/scalars.json'))
-    if not files:
-        raise RuntimeError(f'{folder} has no scalars.json: the run logged nothing')
-    return [json.loads(line) for line in files[-1].read_text().splitlines()]
 
 
 def summarise(steps: list[dict[str, float]]) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kw_mm.files import replace_text, write_json
+
 from .tables import markdown_table
 
 # How often a running part's findings are looked at, and how much of its log a report ends with.
@@ -74,7 +76,7 @@ class Findings:
 
     def _write(self) -> None:
         if self.path:
-            write_whole(Path(self.path), json.dumps(dict(tables=self.tables, notes=self.notes)))
+            write_json(self.path, dict(tables=self.tables, notes=self.notes))
 
 
 def run_parts(parts: Sequence[Part], out: Path, seconds: float, facts: Mapping[str, Any]) -> bool:
@@ -93,9 +95,9 @@ def run_parts(parts: Sequence[Part], out: Path, seconds: float, facts: Mapping[s
     end = time.monotonic() + seconds
 
     def write() -> None:
-        write_whole(out / 'results.json', json.dumps(
-            dict(facts=dict(facts), parts={part.name: asdict(part) for part in parts}), indent=1))
-        write_whole(out / 'results.md', markdown(parts, facts))
+        write_json(out / 'results.json', dict(
+            facts=dict(facts), parts={part.name: asdict(part) for part in parts}), indent=1)
+        replace_text(out / 'results.md', markdown(parts, facts))
 
     write()
     for number, part in enumerate(parts):
@@ -158,10 +160,3 @@ def markdown(parts: Sequence[Part], facts: Mapping[str, Any]) -> str:
         if part.log:
             text.append('\n'.join(['It ended with:', '', *(f'    {line}' for line in part.log)]))
     return '\n\n'.join(text) + '\n'
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that a reader never sees half of."""
-    new = path.with_name(f'{path.name}.new')
-    new.write_text(text, encoding='utf-8')
-    new.replace(path)
