@@ -15,6 +15,13 @@ def type_name(cfg: Any) -> str:
     return '' if kind is None else getattr(kind, '__name__', str(kind)).rpartition('.')[2]
 
 
+def innermost_dataset(dataset: Any) -> Any:
+    """The config of the data set inside wrappers such as ``RepeatDataset``."""
+    while 'dataset' in dataset:
+        dataset = dataset['dataset']
+    return dataset
+
+
 def all_dicts(node: Any, path: str = '') -> Iterator[tuple[str, Any]]:
     """All dicts inside nested dicts, lists and tuples, each with its path.
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from mmengine.config import Config, DictAction
+from mmengine.config import DictAction
 from mmengine.utils import track_iter_progress
 
 import kw_mm  # noqa: F401  (registers everything, for configs without custom_imports too)
@@ -44,9 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
-    cfg = Config.fromfile(args.config)
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
+    cfg = launch.read_config(args.config, args.cfg_options)
     if args.zoom is not None and args.zoom < 1:
         parser.error(f'--zoom must be at least 1, got {args.zoom}')
     try:

@@ -50,7 +50,7 @@ def load_model(cfg: Config, checkpoint: str) -> nn.Module:
 
 def export_model(model: Any, cfg: Config, path: str | os.PathLike, to: str, *,
                  weights: str = 'bases', memory_budget: int | None = None, part: str = 'whole',
-                 multiple: int | None = None) -> ExportForm:
+                 multiple: int = 32) -> ExportForm:
     """Writes a detector, a segmentor or a backbone to a file for another runtime.
 
     Args:
@@ -61,8 +61,7 @@ def export_model(model: Any, cfg: Config, path: str | os.PathLike, to: str, *,
         weights: What the file holds, see ``prepare_for_export_``; as ``memory_budget``.
         memory_budget: See there.
         part: ``'whole'`` or ``'backbone'``.
-        multiple: What sizes of images are multiples of; None for what the config pads to, and at
-            least 32 for whole models, most of whose necks need that.
+        multiple: What sizes of images are multiples of. Most necks need 32.
 
     Returns:
         What was exported, as a function of tensors in PyTorch.
@@ -74,8 +73,6 @@ def export_model(model: Any, cfg: Config, path: str | os.PathLike, to: str, *,
     """
     check_path(path, to)
     form = export_form(model, weights, memory_budget, part)
-    if multiple is None:
-        multiple = 32
     metadata = describe(model, cfg, form, weights, multiple)
     write_model(form, path, to, form.example(), form.input_names, form.output_names, metadata,
                 multiple, operators.translations() if to in ('onnx', 'openvino') else None)

@@ -4,6 +4,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..config_types import innermost_dataset, type_name
+
 # Transforms of test pipelines that do nothing to an image.
 _WITHOUT_EFFECT = ('LoadImageFromFile', 'LoadAnnotations', 'PackDetInputs', 'PackSegInputs')
 
@@ -21,9 +23,8 @@ def describe_input(cfg: Any) -> dict[str, Any]:
         ValueError: If the pipeline has a transform that is not known here.
     """
     found: dict[str, Any] = dict(resize=None, pad_image=None)
-    for step in _pipeline(cfg):
-        kind = step['type'] if isinstance(step['type'], str) else step['type'].__name__
-        kind = kind.rpartition('.')[2]
+    for step in innermost_dataset(cfg.test_dataloader.dataset).pipeline:
+        kind = type_name(step)
         if kind == 'Resize':
             if step.get('scale') is None:
                 raise ValueError(f'Resize of the test pipeline must have a scale, got {step}')
@@ -52,10 +53,3 @@ def _normalisation(preprocessor: Mapping[str, Any]) -> dict[str, Any]:
         std=[float(value) for value in preprocessor.get('std') or (1, 1, 1)],
         pad=dict(divisor=int(divisor or 1), size=None if size is None else list(size),
                  value=float(preprocessor.get('pad_value', preprocessor.get('pad_val', 0)))))
-
-
-def _pipeline(cfg: Any) -> list[Any]:
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
-    return dataset.pipeline

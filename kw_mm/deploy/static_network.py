@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import Compose
-from torch import Tensor, nn
+from torch import nn
 
+from ..config_types import all_dicts, innermost_dataset, type_name
 from ..convert.keys import rename_keys
 from ..engine.inference import scope_of
 from ..export import StaticReport, to_static_
@@ -81,22 +82,22 @@ def _make_ordinary_(cfg: Any, twin: Any) -> dict[str, dict[str, str]]:
     for name, part in list(cfg.items()):
         if not isinstance(part, Mapping) or 'type' not in part:
             continue
-        kind = str(part['type']).rpartition('.')[2]
+        kind = type_name(part)
         if kind == 'KWConverted':
             cfg[name] = part['module']
         elif kind in ('KWResNet', 'KW_ResNet', 'KWMobileNetV2', 'KW_MobileNetV2', 'KWConvNeXt',
                       'KW_ConvNeXt'):
             cfg[name], tables[name] = _ordinary_backbone(part, getattr(twin, name))
-    for node in _dicts(cfg):
+    for _, node in all_dicts(cfg):
         for key, value in list(node.items()):
-            if isinstance(value, Mapping) and str(value.get('type')).endswith(_LAYERS):
+            if type_name(value) in _LAYERS:
                 node[key] = None
     return tables
 
 
 def _ordinary_backbone(part: Any, module: nn.Module) -> tuple[Any, dict[str, str]]:
     own = {key: value for key, value in part.items() if key not in (*_OURS_ALONE, 'type')}
-    kind = str(part['type']).rpartition('.')[2].replace('_', '')
+    kind = type_name(part).replace('_', '')
     candidates: list[tuple[dict[str, Any], dict[str, str]]] = []
     if kind == 'KWResNet':
         # A toolbox's ResNet takes one entry for each of its stages, ours ignores further ones;
@@ -139,9 +140,8 @@ def _forget_us_(cfg: Config) -> None:
     """Takes out hooks and imports of ours, unless something of ours is left."""
     if cfg.get('custom_hooks'):
         cfg.custom_hooks = [hook for hook in cfg.custom_hooks
-                            if str(hook['type']).rpartition('.')[2] not in _OUR_HOOKS]
-    ours = any(str(node.get('type')).rpartition('.')[2].startswith('KW')
-               for node in _dicts(cfg.model))
+                            if type_name(hook) not in _OUR_HOOKS]
+    ours = any(type_name(node).startswith('KW') for _, node in all_dicts(cfg.model))
     if not ours and cfg.get('custom_imports'):
         cfg.custom_imports['imports'] = [name for name in cfg.custom_imports['imports']
                                          if name != 'kw_mm']
@@ -149,17 +149,8 @@ def _forget_us_(cfg: Config) -> None:
             cfg.pop('custom_imports')
 
 
-def _dicts(node: Any) -> Iterator[Any]:
-    if isinstance(node, Mapping):
-        yield node
-        node = list(node.values())
-    if isinstance(node, (list, tuple)):
-        for child in node:
-            yield from _dicts(child)
-
-
 def _without_downloads(cfg: Any) -> Any:
-    for node in _dicts(cfg):
+    for _, node in all_dicts(cfg):
         for key in ('init_cfg', 'pretrained'):
             if key in node:
                 node[key] = None
@@ -168,16 +159,8 @@ def _without_downloads(cfg: Any) -> Any:
 
 def _batches(cfg: Config, images: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Images as the test pipeline of a config makes them, one by one."""
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
-    pipeline = Compose([step for step in dataset.pipeline
-                        if 'LoadAnnotations' not in str(step['type'])])
+    steps = innermost_dataset(cfg.test_dataloader.dataset).pipeline
+    pipeline = Compose([step for step in steps if 'LoadAnnotations' not in str(step['type'])])
     for path in images:
         data: Any = pipeline(dict(img_path=path, img_id=0, reduce_zero_label=False))
         yield dict(inputs=[data['inputs']], data_samples=[data['data_samples']])
-
-
-def count(state: Mapping[str, Tensor]) -> int:
-    """Numbers in a state dict."""
-    return sum(value.numel() for value in state.values())

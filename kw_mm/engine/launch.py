@@ -8,7 +8,7 @@ import argparse
 import copy
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from mmengine.visualization import Visualizer
 
 from ..checkpoint import check_checkpoint
 from ..compat import has_accelerator, prepare_cpu_ddp_, prepare_cpu_optimizer_
-from ..config_types import type_name
+from ..config_types import innermost_dataset, type_name
 from ..crash_safety import choose_checkpoint_
 from ..datasets import check_data
 from ..files import NotWrittenError
@@ -30,8 +30,8 @@ from .quiet_log import shorten_log_
 
 __all__ = ['CheckpointMismatch', 'NotWrittenError', 'add_common_options', 'build_runner',
            'check_checkpoint', 'check_data_sets', 'choose_checkpoint_', 'config_path',
-           'enable_amp_', 'enable_auto_scale_lr_', 'enable_drawing_', 'enable_tta_',
-           'load_config', 'prepare_resume_', 'set_output_', 'set_resume_', 'strict_loading']
+           'enable_amp_', 'enable_auto_scale_lr_', 'enable_drawing_', 'enable_tta_', 'load_config',
+           'prepare_resume_', 'read_config', 'set_output_', 'set_resume_', 'strict_loading']
 
 # To check data sets within seconds at the start of a run, so many images of each are read, and no
 # annotation file with more bytes than this.
@@ -60,13 +60,18 @@ def config_path(path: str) -> str:
     return path
 
 
+def read_config(path: str, changes: Mapping[str, Any] | None = None) -> Config:
+    """Reads a config and changes settings, by dotted names, as ``--cfg-options`` gives them."""
+    cfg = Config.fromfile(path)
+    if changes:
+        cfg.merge_from_dict(changes)
+    return cfg
+
+
 def load_config(args: argparse.Namespace) -> Config:
     """Reads the config and applies the common options to it."""
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    cfg = Config.fromfile(args.config)
-    cfg.launcher = args.launcher
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
+    cfg = read_config(args.config, {'launcher': args.launcher, **(args.cfg_options or {})})
     if args.work_dir:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
@@ -238,9 +243,7 @@ def enable_tta_(cfg: Config) -> None:
         raise ValueError('--tta needs a model without masks, which MMDetection cannot merge; to '
                          'test its boxes add --cfg-options model.roi_head.mask_head=None '
                          'test_evaluator.metric=bbox')
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
+    dataset = innermost_dataset(cfg.test_dataloader.dataset)
     if 'tta_pipeline' not in cfg:
         if scope != 'mmdet':
             raise ValueError('--tta needs tta_pipeline in a segmentation config, a pipeline with '

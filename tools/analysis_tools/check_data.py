@@ -11,12 +11,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mmengine.config import Config, DictAction
+from mmengine.config import DictAction
 from mmengine.utils import ProgressBar
 
 import kw_mm  # noqa: F401  (registers everything, for configs without custom_imports too)
 from kw_mm.datasets import check_data
-from kw_mm.engine.launch import config_path
+from kw_mm.engine.launch import config_path, read_config
 
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 
@@ -55,9 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.sample is not None and args.sample < 1:
         parser.error(f'--sample must be at least 1, got {args.sample}')
-    cfg = Config.fromfile(args.config)
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
+    cfg = read_config(args.config, args.cfg_options)
     found = check_data(cfg, args.loaders, args.sample,
                        progress=ImageProgress() if sys.stderr.isatty() else None)
     for line in found.lines():

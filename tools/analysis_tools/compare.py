@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config, DictAction
+from torch import nn
 
 import kw_mm
 from kw_mm.checkpoint import write_checkpoint
@@ -38,8 +39,8 @@ from kw_mm.engine.comparison import (
     widen,
     write_report,
 )
-from kw_mm.engine.comparison.arms import build_model
-from kw_mm.engine.launch import config_path
+from kw_mm.engine.comparison.arms import build_model, count_parameters
+from kw_mm.engine.launch import config_path, read_config
 from kw_mm.layers import WarehouseManager
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,32 +108,30 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def load(path: str, args: argparse.Namespace) -> Config:
     """A config with the options applied."""
-    cfg = Config.fromfile(path)
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
+    cfg = read_config(path, args.cfg_options)
     if args.train_data:
         use_own_data_(cfg, args.train_data, args.val_data)
     return cfg
 
 
-def is_dynamic(cfg: Config) -> bool:
+def is_dynamic(model: nn.Module) -> bool:
     return any(isinstance(module, WarehouseManager) and module.plan.layers
-               for module in build_model(cfg).modules())
+               for module in model.modules())
 
 
 def add_wider_(configs: dict[str, Config]) -> None:
     """Adds a static arm of the size of each dynamic one, made from the first config."""
     static, *_ = configs.values()
     for name, cfg in list(configs.items()):
-        if is_dynamic(cfg):
-            size = sum(p.numel() for p in build_model(cfg).parameters())
-            configs[f'static-as-large-as-{name}'] = widen(static, size)
+        model = build_model(cfg)
+        if is_dynamic(model):
+            configs[f'static-as-large-as-{name}'] = widen(static, count_parameters(model))
 
 
 def start_of(args: argparse.Namespace, config: str, name: str) -> str:
     """The checkpoint that an arm starts from: that of the static model, or converted."""
     cfg = load(config, args)
-    if not is_dynamic(cfg):
+    if not is_dynamic(build_model(cfg)):
         return args.start
     target = args.out / f'start_{name}.pth'
     if not target.exists():

@@ -15,11 +15,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmengine.config import Config, DictAction
+from mmengine.config import DictAction
 
 import kw_mm  # noqa: F401  (registers everything, for configs without custom_imports too)
 from kw_mm.engine.complexity import Complexity, input_size, measure_config
-from kw_mm.engine.launch import config_path
+from kw_mm.engine.launch import config_path, read_config
 from kw_mm.table import format_table
 
 HEADER = ('model', 'params (M)', 'cells', 'attention', 'FLOPs (G)', 'attention', 'assembly')
@@ -53,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f'--shape must be positive, got {args.shape}')
     rows = []
     for path in args.configs:
-        cfg = Config.fromfile(path)
-        if args.cfg_options:
-            cfg.merge_from_dict(args.cfg_options)
+        cfg = read_config(path, args.cfg_options)
         try:
             size = args.shape or input_size(cfg)
         except ValueError as error:

@@ -36,8 +36,8 @@ def make_parser() -> argparse.ArgumentParser:
                         'bases are fast, cells are small (default: %(default)s)')
     parser.add_argument('--memory-budget', type=int, metavar='BYTES',
                         help='that bases may take; default: 1.5 GiB')
-    parser.add_argument('--multiple', type=int, help='what heights and widths are a multiple of '
-                        '(default: 32)')
+    parser.add_argument('--multiple', type=int, default=32, help='what heights and widths are a '
+                        'multiple of (default: %(default)s)')
     verify = parser.add_mutually_exclusive_group()
     verify.add_argument('--verify', nargs='+', metavar='IMAGE', default=(),
                         help='images to compare with the model on; default: noise')

@@ -23,7 +23,8 @@ from mmengine.utils import track_iter_progress
 from runner import Runner
 
 import kw_mm  # noqa: F401  (registers everything, for configs without custom_imports too)
-from kw_mm.engine.launch import config_path
+from kw_mm.engine.launch import config_path, read_config
+from kw_mm.export.files import need
 
 KINDS = dict(mmdet='detector', mmseg='segmentor')
 
@@ -43,9 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser = make_parser()
     args = parser.parse_args(argv)
-    cfg = Config.fromfile(args.config)
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
+    cfg = read_config(args.config, args.cfg_options)
     try:
         run = open_file(args.file, args.threads)
         check_model(run, cfg, args.file)
@@ -72,10 +71,8 @@ def open_file(path: str, threads: int | None) -> Runner:
         raise FileNotFoundError(f'file {path!r} does not exist')
     if not path.endswith(('.onnx', '.xml')):
         raise ValueError(f'the file must end in .onnx or .xml, got {path!r}')
-    try:
-        return Runner(path, threads)
-    except ImportError as error:
-        raise ImportError(f"{error.name} is missing; type: pip install 'kw_mm[deploy]'") from error
+    need('openvino' if path.endswith('.xml') else 'onnxruntime')
+    return Runner(path, threads)
 
 
 def check_model(run: Runner, cfg: Config, path: str) -> None:

@@ -47,9 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
-    cfg = Config.fromfile(args.config)
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
+    cfg = launch.read_config(args.config, args.cfg_options)
     config, checkpoint = (str(Path(args.out_dir, name)) for name in ('config.py', 'static.pth'))
     try:
         for path in (config, checkpoint):
@@ -77,8 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def test(config: str, checkpoint: str, work_dir: str, options: Any) -> dict[str, float]:
-    cfg = Config.fromfile(config)
-    cfg.merge_from_dict(options or {})
+    cfg = launch.read_config(config, options)
     cfg.work_dir = str(Path(work_dir, 'tests'))
     cfg.load_from, cfg.resume = checkpoint, False
     with strict_loading():
