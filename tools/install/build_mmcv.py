@@ -32,8 +32,7 @@ from check_env import NMS_ON_CPU, load_supported, read_pins, run_python
 PRECOMPILED = Path(__file__).resolve().with_name('precompiled.py')
 
 # Compiling the CPU operators took 6.5 to 16.5 minutes on two cores, on three machines; with the
-# headers precompiled about a seventh of the time, estimated from 32 of 77 files; with CUDA, 31
-# minutes.
+# headers precompiled a quarter of the processors' time (docs/versions.md); with CUDA, 31 minutes.
 CORE_SECONDS_PRECOMPILED = 2 * 2 * 60
 CORE_SECONDS_CPU = 2 * 12 * 60
 CORE_SECONDS_CUDA = 2 * 31 * 60
