@@ -86,12 +86,14 @@ def allow_mmengine_checkpoints() -> None:
     Before 2.6, torch cannot allow a function under another name; ``kw_mm.checkpoint`` then reads
     files with ``kw_mm.unpickling``, which allows the same names.
     """
-    numpy_core = np._core if hasattr(np, '_core') else np.core
+    # What pickles of arrays and of their items call, without the name of numpy's private module,
+    # which differs: 1.26 has numpy._core as well, almost empty.
+    reconstruct, scalar = np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]
     allowed: dict[str, Any] = {'builtins.getattr': _history_getattr}
     # Files from numpy 1 and numpy 2 have different names for the same two functions.
     for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
-        allowed[f'{module}._reconstruct'] = numpy_core.multiarray._reconstruct
-        allowed[f'{module}.scalar'] = numpy_core.multiarray.scalar
+        allowed[f'{module}._reconstruct'] = reconstruct
+        allowed[f'{module}.scalar'] = scalar
     for kind in (HistoryBuffer, np.ndarray, np.dtype):
         allowed[f'{kind.__module__}.{kind.__name__}'] = kind
     unpickling.allow(allowed)

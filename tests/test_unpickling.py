@@ -98,9 +98,7 @@ HOSTILE = {
         os.mkdir, torch.Tensor, ('ran',), None)),
     'a state of a function': Call(torch._utils._rebuild_tensor_v2, (1,), dict(a=1)),
     'bytes by another codec': Call(__import__('_codecs').encode, ('x', 'rot13')),
-    'items of an array': Call(np.core.multiarray._reconstruct if not hasattr(np, '_core') else
-                              np._core.multiarray._reconstruct, (np.ndarray, (0,), b'b'), None,
-                              [1]),
+    'items of an array': Call(np.zeros(1).__reduce__()[0], (np.ndarray, (0,), b'b'), None, [1]),
 }
 
 
