@@ -81,6 +81,11 @@ def test_a_killed_run_resumes_to_the_bit(data, tmp_path):
     output = finish(start_tool('test.py', config, killed / 'epoch_2.pth', '--work-dir',
                                tmp_path / 'test', *options(data), log=log), log)
     assert 'coco/segm_mAP' in output
+    # The tool advised to build the model without its mask head, and then refused the checkpoint.
+    output = finish(start_tool('test.py', config, killed / 'epoch_2.pth', '--tta', '--optimize',
+                               '--work-dir', tmp_path / 'tta', *options(data), log=log), log)
+    assert 'Boxes alone are tested' in output and 'coco/bbox_mAP' in output
+    assert 'coco/segm_mAP' not in output
     # "The testing results of the whole dataset is empty", and exit status 0.
     output = finish(start_tool(
         'test.py', config, killed / 'epoch_2.pth', '--work-dir', tmp_path / 'static',

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import kw_mm  # noqa: F401  (registers everything, for configs without custom_imports too)
 from kw_mm.engine import launch
-from kw_mm.engine.hooks import OptimizeForTestHook
+from kw_mm.engine.hooks import BoxesAloneHook, OptimizeForTestHook
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -21,7 +21,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument('--wait-time', type=float, default=2, metavar='SECONDS',
                         help='how long --show keeps a picture (default: %(default)s)')
     parser.add_argument('--tta', action='store_true',
-                        help='augment images in testing and merge the predictions')
+                        help='augment images in testing and merge the predictions; of masks of '
+                        'instances, which cannot be merged, their boxes')
     parser.add_argument('--optimize', action='store_true',
                         help='make the model faster first, with kw_mm.optimize_for_inference_')
     launch.add_common_options(parser)
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     runner = launch.build_runner(cfg)
+    if args.tta:
+        runner.register_hook(BoxesAloneHook())
     if args.optimize:
         runner.register_hook(OptimizeForTestHook())
     try:

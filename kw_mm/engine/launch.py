@@ -232,17 +232,17 @@ def set_output_(cfg: Config, out: str) -> None:
 def enable_tta_(cfg: Config) -> None:
     """Tests with augmentation (``--tta``), as the config says; detectors are flipped by default.
 
+    Of detectors that predict masks of instances, boxes alone are tested, see ``BoxesAloneHook``.
+
     Raises:
         ValueError: If there is neither a ``tta_pipeline`` nor a default for it, or the model
-            predicts masks of instances.
+            predicts masks by a head that its boxes cannot do without.
     """
     scope = cfg.get('default_scope')
     if scope not in ('mmdet', 'mmseg'):
         raise ValueError(f"--tta needs default_scope 'mmdet' or 'mmseg', got {scope!r}")
-    if scope == 'mmdet' and (cfg.model.get('roi_head') or {}).get('mask_head'):
-        raise ValueError('--tta needs a model without masks, which MMDetection cannot merge; to '
-                         'test its boxes add --cfg-options model.roi_head.mask_head=None '
-                         'test_evaluator.metric=bbox')
+    if scope == 'mmdet':
+        _evaluate_boxes_alone_(cfg)
     dataset = innermost_dataset(cfg.test_dataloader.dataset)
     if 'tta_pipeline' not in cfg:
         if scope != 'mmdet':
@@ -255,6 +255,20 @@ def enable_tta_(cfg: Config) -> None:
             tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)))
     dataset.pipeline = cfg.tta_pipeline
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+
+
+def _evaluate_boxes_alone_(cfg: Config) -> None:
+    """Takes the metrics of masks out of a detector's evaluation."""
+    evaluators = cfg.get('test_evaluator') or []
+    for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
+        metric = evaluator.get('metric')
+        metrics = [metric] if isinstance(metric, str) else list(metric or [])
+        if 'segm' not in metrics:
+            continue
+        if not (cfg.model.get('roi_head') or {}).get('mask_head'):
+            raise ValueError(f'--tta merges boxes alone, and the masks of {cfg.model.type} come '
+                             f'with its boxes: test without --tta')
+        evaluator.metric = [name for name in metrics if name != 'segm'] or ['bbox']
 
 
 def _flip_pipeline(pipeline: list) -> list:

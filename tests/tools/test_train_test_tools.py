@@ -75,6 +75,9 @@ def run(monkeypatch):
                 self.cfg.resume, self.cfg.load_from = self._resume, self._load_from
                 calls.append(self.cfg)
 
+            def register_hook(self, hook):
+                self.hooks.append(hook)
+
             def test(self):
                 calls.append(self.cfg)
 
@@ -258,8 +261,12 @@ def test_tta(run, error):
     assert cfg.model.type == 'SegTTAModel' and cfg.model.module.type == 'EncoderDecoder'
     assert cfg.test_dataloader.dataset.pipeline == [dict(type='TestTimeAug')]
     assert '--tta needs tta_pipeline' in error('test', 'seg.py', 'weights.pth', '--tta')
-    assert '--tta needs a model without masks' in error(
-        'test', 'det.py', 'weights.pth', '--tta', '--cfg-options', 'model.roi_head.mask_head.a=1')
+    # A config of COCO asks for both metrics.
+    both = ['--tta', '--cfg-options', "test_evaluator.metric=['bbox','segm']"]
+    cfg = run('test', 'det.py', 'weights.pth', *both, 'model.roi_head.mask_head.a=1')
+    assert cfg.test_evaluator.metric == ['bbox']
+    assert 'the masks of MaskRCNN come with its boxes' in error(
+        'test', 'det.py', 'weights.pth', *both)
 
 
 @pytest.mark.parametrize('tool, least', [('train', 2), ('test', 3)])

@@ -1,6 +1,7 @@
 """Hooks for mmengine's Runner; ``kw_mm.registration`` registers them."""
+from .boxes_alone import BoxesAloneHook
 from .optimization import OptimizeForTestHook
 from .random_state import RandomStateHook
 from .temperature import KWTemperatureHook
 
-__all__ = ['KWTemperatureHook', 'OptimizeForTestHook', 'RandomStateHook']
+__all__ = ['BoxesAloneHook', 'KWTemperatureHook', 'OptimizeForTestHook', 'RandomStateHook']
