@@ -6,9 +6,10 @@ Biases, norms, activations, pooling, resampling and RoIAlign are left out. torch
 """
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +85,7 @@ def measure_module(module: nn.Module, x: Tensor, run: Callable[..., Any] = nn.Mo
     """
     root = _Counted(module.eval(), run)
     counter = FlopCounterMode(display=False, depth=None)  # type: ignore[arg-type]  # all levels
-    with torch.no_grad(), counter:
+    with torch.no_grad(), _told_of_modules(counter, root), counter:
         root(x)
     # torch counts a multiply-add as two.
     counts = {path: {str(op): number // 2 for op, number in ops.items()}
@@ -94,6 +95,34 @@ def measure_module(module: nn.Module, x: Tensor, run: Callable[..., Any] = nn.Mo
             raise ValueError(f'parts must be modules that are called in the run and compute, '
                              f'got {part!r}')
     return {part: _complexity(module.get_submodule(part), part, counts) for part in ('', *parts)}
+
+
+@contextlib.contextmanager
+def _told_of_modules(counter: FlopCounterMode, root: nn.Module) -> Iterator[None]:
+    """Tells torch's counter which modules are running, which it finds out by itself since 2.4.
+
+    Before, it could be asked to, but hands modules that take lists their items one by one.
+    """
+    handles = []
+
+    def watch(module: nn.Module, path: str) -> None:
+        def enter(*_: Any) -> None:
+            counter.parents.append(path)  # type: ignore[attr-defined]
+
+        def leave(*_: Any) -> None:
+            counter.parents.pop()  # type: ignore[attr-defined]
+
+        handles.extend([module.register_forward_pre_hook(enter),
+                        module.register_forward_hook(leave)])
+
+    if not hasattr(torch.utils, 'module_tracker'):
+        for name, module in root.named_modules():
+            watch(module, '.'.join(filter(None, (type(root).__name__, name))))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _complexity(module: nn.Module, part: str,

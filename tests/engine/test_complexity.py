@@ -5,6 +5,7 @@ import pytest
 import torch
 from mmengine.analysis import FlopAnalyzer, get_model_complexity_info
 from mmengine.config import Config, ConfigDict
+from needs import needs_operators
 from optimised import bases_everywhere
 from torch import nn
 
@@ -189,6 +190,7 @@ def test_no_size_is_told():
         input_size(cfg)
 
 
+@needs_operators
 @pytest.mark.parametrize('grad', [False, True])
 def test_mmengine_counts_what_kernels_cost(grad):
     # mmengine skipped the operators, and with gradients on its tracing failed: unordered_map::at.
@@ -205,6 +207,7 @@ def test_mmengine_counts_what_kernels_cost(grad):
     assert by_operator['assemble'] == 2 * (9 * 9 * 256 + 32 * 16)
 
 
+@needs_operators
 def test_mmengine_counts_bases():
     net = nn.Sequential(KWConv2d(16, 16, 3, padding=1)).eval()
     with bases_everywhere():

@@ -3,22 +3,12 @@ import copy
 
 import pytest
 import torch
+from needs import needs_float16
 from torch import nn
 
 from kw_mm import ConvSpec, KWConv1d, KWConv2d, KWLinear, plan_warehouses
 from kw_mm.layers import Attention
 
-
-def autocasts_to_float16():
-    try:
-        with torch.autocast('cpu', dtype=torch.float16):
-            return True
-    except RuntimeError:
-        return False
-
-
-needs_float16 = pytest.mark.skipif(not autocasts_to_float16(),
-                                   reason='on CPUs this torch autocasts to bfloat16 alone')
 FLOAT16 = pytest.param(torch.float16, marks=needs_float16)
 
 

@@ -3,9 +3,12 @@ networks are trained with."""
 import pytest
 import torch
 import torch.nn.functional as F
+from needs import needs_float16
 from torch import nn
 
 from kw_mm import KWResNet, set_temperature
+
+pytestmark = needs_float16
 
 
 def step(loss_scale, tau, **options):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from needs import needs_halves, needs_operators
 from parity import check, geometries
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,17 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from kw_mm import ops
 from kw_mm.ops import operators, reference
 from kw_mm.ops.layout import cut_kernel
-
-needs_operators = pytest.mark.skipif(not operators.ARE_REGISTERED,
-                                     reason='torch below 2.4 registers no operators')
-
-
-def multiplies_halves():
-    try:
-        return bool(torch.ones(2, 2, dtype=torch.float16).mm(torch.ones(2, 2).half()).all())
-    except RuntimeError:
-        return False
-
 
 # Grid, kernel size, shape of the cells: positions are in the grid, in the cells, or absent.
 SIZES = {
@@ -153,7 +143,7 @@ def test_kernels_lie_in_memory_as_compilers_expect(g, scaled, dtype, compiled):
     assert kernel.stride() == fake.stride()
 
 
-@pytest.mark.skipif(not multiplies_halves(), reason='this torch multiplies no halves on CPUs')
+@needs_halves
 @pytest.mark.parametrize('dtype', [torch.float16, torch.float32])
 def test_both_dtypes_of_a_mixed_product(dtype):
     # With cells in half precision, mixing weights and their gradients stay single, because these
