@@ -24,6 +24,7 @@ import torch
 from mmengine.analysis import complexity_analysis
 from mmengine.analysis.jit_handles import generic_activation_jit, get_shape
 from mmengine.config import Config
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.device import get_device
 from mmengine.dist import utils as dist_utils
 from mmengine.logging import HistoryBuffer, print_log
@@ -42,6 +43,7 @@ from .layers import (
     start_from_static_,
 )
 from .layers.loading import CheckpointMismatch, describe_keys, is_strict, whole_load
+from .versions import installed_version
 
 # The methods that mmengine registers with every history buffer, by their names in a pickle.
 _STATISTICS = {name: getattr(HistoryBuffer, name)
@@ -65,6 +67,7 @@ def apply() -> None:
     let_mmcv_ops_take_any_strides()
     let_mmengine_count_operators()
     let_configs_inherit_ours()
+    let_configs_inherit_the_forks()
 
 
 def has_accelerator() -> bool:
@@ -530,6 +533,15 @@ def let_configs_inherit_ours() -> None:
 
     get_cfg_path.knows_ours = True  # type: ignore[attr-defined]
     Config._get_cfg_path = staticmethod(get_cfg_path)
+
+
+# The maintained fork's mmengine looks for bases such as mmseg::... in a package of upstream's name,
+# mmsegmentation, which its own package has not.
+
+def let_configs_inherit_the_forks() -> None:
+    """Lets configs have bases of MMSegmentation where that is the fork's."""
+    if installed_version('mmsegmentation') is None and installed_version('onedl-mmsegmentation'):
+        MODULE2PACKAGE['mmseg'] = 'mmseg'
 
 
 # mmengine counts the FLOPs of a traced graph by operator names and skips unknown ones.

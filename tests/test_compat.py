@@ -13,6 +13,7 @@ from forks import run_ranks
 from mmcv.ops import nms, roi_align
 from mmcv.ops.roi_align import RoIAlignFunction
 from mmengine.config import Config
+from mmengine.config.utils import _get_package_and_cfg_path
 from mmengine.dist import all_gather_object
 from mmengine.dist import utils as dist_utils
 from mmengine.logging import HistoryBuffer
@@ -387,3 +388,15 @@ def test_mmcv_operators_take_bfloat16():
     before = RoIAlignFunction.forward
     compat.let_mmcv_ops_take_bfloat16()
     assert RoIAlignFunction.forward is before
+
+
+def test_bases_of_the_forks_mmsegmentation(monkeypatch):
+    # "mmsegmentation is not installed": the fork's package has another name, and so every config of
+    # a segmentor failed there.
+    monkeypatch.setitem(compat.MODULE2PACKAGE, 'mmseg', 'mmsegmentation')
+    monkeypatch.setattr(compat, 'installed_version', {'mmsegmentation': '1.2.2'}.get)
+    compat.let_configs_inherit_the_forks()
+    assert _get_package_and_cfg_path('mmseg::fcn/fcn_r50.py')[0] == 'mmsegmentation'
+    monkeypatch.setattr(compat, 'installed_version', {'onedl-mmsegmentation': '1.4.2'}.get)
+    compat.let_configs_inherit_the_forks()
+    assert _get_package_and_cfg_path('mmseg::fcn/fcn_r50.py') == ('mmseg', 'fcn/fcn_r50.py')
