@@ -3,21 +3,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 
 def run_in_threads(function: Callable[[int], Any], num_threads: int = 2) -> list[Any]:
-    """Results of ``function(thread)``; all threads start at the same time."""
-    results: list[Any] = [None] * num_threads
+    """Results of ``function(thread)``; all threads start at the same time, errors are raised."""
     barrier = threading.Barrier(num_threads)
 
-    def work(i: int) -> None:
+    def work(i: int) -> Any:
         barrier.wait()
-        results[i] = function(i)
+        return function(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(num_threads)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
+    with ThreadPoolExecutor(num_threads) as pool:
+        return list(pool.map(work, range(num_threads)))

@@ -99,7 +99,8 @@ def mix_bases(hidden: Tensor, logits: Tensor, bases: Tensor, grid: Sequence[int]
 
 def with_constant(hidden: Tensor) -> Tensor:
     """What the bases are mixed by: hidden units, and 1 for the last one, ``(N, hidden + 1)``."""
-    return torch.cat((hidden, hidden.new_ones(len(hidden), 1)), 1)
+    # Not len(hidden): a traced graph would keep it as a number.
+    return torch.cat((hidden, hidden.new_ones(hidden.shape[0], 1)), 1)
 
 
 def scales_by_block(scales: Tensor, grid: Sequence[int], kernel_shape: Sequence[int]) -> Tensor:
