@@ -1,6 +1,9 @@
 """Marks of tests for what older versions of torch lack (docs/versions.md)."""
+import functools
+
 import pytest
 import torch
+from torch import nn
 
 from kw_mm.ops import operators
 
@@ -26,3 +29,15 @@ needs_halves = pytest.mark.skipif(not _multiplies_halves(),
                                   reason='this torch multiplies no halves on CPUs')
 needs_float16 = pytest.mark.skipif(not _autocasts_to_float16(),
                                    reason='on CPUs this torch autocasts to bfloat16 alone')
+
+
+@functools.cache
+def exports_max_pool():
+    """Whether ``torch.export`` lets a size change that goes through ``MaxPool2d``; 2.12 does not."""
+    size = torch.export.Dim('size', min=16, max=64)
+    try:
+        torch.export.export(nn.MaxPool2d(3, 2, 1), (torch.zeros(1, 1, 32, 32),),
+                            dynamic_shapes=({2: size},))
+    except torch._dynamo.exc.UserError:
+        return False
+    return True
