@@ -33,7 +33,7 @@ needs_float16 = pytest.mark.skipif(not _autocasts_to_float16(),
 
 @functools.cache
 def exports_max_pool():
-    """Whether ``torch.export`` lets a size change that goes through ``MaxPool2d``; 2.12 does not."""
+    """Whether torch exports sizes that change and go through ``MaxPool2d``; 2.12 does not."""
     size = torch.export.Dim('size', min=16, max=64)
     try:
         torch.export.export(nn.MaxPool2d(3, 2, 1), (torch.zeros(1, 1, 32, 32),),
