@@ -18,7 +18,7 @@ from ..ops import (
     dynamic_conv,
     triton_is_wanted,
 )
-from ..ops.convolution import in_order, is_channels_last
+from ..ops.convolution_paths import in_order, is_channels_last
 from ..plan import ConvSpec, LayerPlan, plan_warehouses
 from .attention import Attention
 from .loading import check_fit

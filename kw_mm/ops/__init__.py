@@ -13,8 +13,9 @@ from .compiled import use_cpu_products
 from .convolution import dynamic_conv
 from .cuda import triton_is_wanted, use_triton
 from .layout import cut_kernel
+from .path_table import use_paths
 
 __all__ = ['assemble_kernel', 'assemble_logits', 'collect_gradients',
            'contract_bases', 'cut_kernel', 'dynamic_conv', 'hidden_units', 'logit_norms',
            'mean_positions', 'mix_bases', 'mixing_weights', 'order_logits',
-           'triton_is_wanted', 'use_cpu_products', 'use_triton']
+           'triton_is_wanted', 'use_cpu_products', 'use_paths', 'use_triton']

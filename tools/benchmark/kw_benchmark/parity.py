@@ -131,7 +131,12 @@ def check_formulas(module: nn.Module, shape: tuple[int, int, int]) -> Check:
 
 def compare_outputs(name: str, found: Tensor, expected: Tensor) -> Check:
     """Compares outputs of the same precision, within what that precision allows."""
-    return Check(name, _error(found, expected.double()), ROUNDINGS * torch.finfo(found.dtype).eps)
+    return Check(name, compare(found, expected), ROUNDINGS * torch.finfo(found.dtype).eps)
+
+
+def compare(found: Tensor, expected: Tensor) -> float:
+    """The largest error, relative to the largest expected value."""
+    return _error(found, expected.double())
 
 
 def raise_on_failure(checks: list[Check]) -> list[Check]:
