@@ -1,6 +1,6 @@
 """Which way to convolve each sample with its own kernel is fastest, as a table.
 
-A table has rules; the first one that holds decides. ``TABLES`` has the one of GPUs, which also
+A table has rules; the first one that holds decides. ``SHIPPED`` is the one of GPUs, which also
 serves devices that nobody has measured. ``python tools/benchmark tune`` measures every way on the
 machine at hand and writes a table to a file, which ``use_paths`` or ``KW_MM_PATHS=FILE`` in the
 environment puts in the place of its device's. CPUs have no table, but the rules of ``convolution``,
@@ -130,18 +130,25 @@ class Table:
         raise AssertionError(f'no rule for {case}')
 
 
-# By analysis: nobody has measured it. A detector's few images fill a GPU one after the other, and a
-# grouped convolution copies channels-last maps twice. Of many images with small maps, so many
-# launches would take longer than the work, while the columns are small.
-BY_ANALYSIS = Table('cuda', 'by analysis; not measured', (
+# Measured in bfloat16 with 2 to 128 images (docs/performance.md); a single one, other precisions and
+# other GPUs are taken to be alike. A grouped convolution copies channels-last maps twice, which
+# costs more than many launches if maps are large; with contiguous ones it is the fastest, but for
+# the smallest maps, whose kernels are larger than they are.
+SHIPPED = Table('cuda', 'measured: NVIDIA H100 80GB HBM3, bfloat16, torch 2.11.0+cu130', (
     Rule('pointwise', 'sample_by_sample', batch=1, layout='channels_last'),
     Rule('pointwise', 'pointwise'),
-    Rule('dense', 'sample_by_sample', batch=4),
-    Rule('dense', 'rows', positions=1024, layout='channels_last'),
-    Rule('dense', 'im2col', positions=1024),
-    Rule('dense', 'sample_by_sample', batch=16),
-    Rule('dense', 'grouped'),
-    Rule('grouped', 'grouped')))
+    Rule('dense', 'sample_by_sample', batch=1),
+    Rule('dense', 'im2col', positions=98, layout='contiguous'),
+    Rule('dense', 'grouped', layout='contiguous'),
+    Rule('dense', 'sample_by_sample', batch=2),
+    Rule('dense', 'rows', positions=98),
+    Rule('dense', 'grouped', training=True),
+    Rule('dense', 'rows', positions=2100),
+    Rule('dense', 'grouped', positions=3600),
+    Rule('dense', 'sample_by_sample'),
+    Rule('grouped', 'grouped', layout='contiguous'),
+    Rule('grouped', 'grouped', positions=3600),
+    Rule('grouped', 'sample_by_sample')))
 
 _tables: dict[str, Table] = {}
 
@@ -150,7 +157,7 @@ def table_of(device_type: str) -> Table | None:
     """The table that decides on a kind of device; None for CPUs, unless a file gave them one."""
     if device_type == 'cpu':
         return _tables.get('cpu')
-    return _tables.get(device_type) or _tables.get('cuda', BY_ANALYSIS)
+    return _tables.get(device_type) or _tables.get('cuda', SHIPPED)
 
 
 def use_paths(file: str | os.PathLike | None) -> None:

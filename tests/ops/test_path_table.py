@@ -10,7 +10,7 @@ import torch
 from kw_mm import ops
 from kw_mm.ops import convolution, path_table, reference
 from kw_mm.ops import convolution_paths as paths
-from kw_mm.ops.path_table import BY_ANALYSIS, Case, Rule, Table, describe_table, parse_table
+from kw_mm.ops.path_table import SHIPPED, Case, Rule, Table, describe_table, parse_table
 
 LAST = [Rule('pointwise', 'pointwise'), Rule('dense', 'grouped'), Rule('grouped', 'grouped')]
 PLAIN = (1, 1), (1, 1), (1, 1), 1
@@ -36,22 +36,29 @@ def choose(x, kernel, geometry=PLAIN):
     (Case('pointwise', 1, 9999, 'contiguous', False), 'pointwise'),
     (Case('pointwise', 8, 9999, 'channels_last', True), 'pointwise'),
     (Case('dense', 2, 67200, 'channels_last', True), 'sample_by_sample'),
+    (Case('dense', 2, 67200, 'contiguous', True), 'grouped'),
+    (Case('dense', 4, 16800, 'channels_last', True), 'grouped'),
+    (Case('dense', 4, 16800, 'channels_last', False), 'sample_by_sample'),
     (Case('dense', 128, 49, 'channels_last', True), 'rows'),
+    (Case('dense', 128, 196, 'channels_last', False), 'rows'),
+    (Case('dense', 128, 3136, 'channels_last', False), 'grouped'),
     (Case('dense', 128, 49, 'contiguous', True), 'im2col'),
+    (Case('dense', 1, 49, 'contiguous', False), 'sample_by_sample'),
     (Case('dense', 128, 49, 'contiguous', True, 3), 'grouped'),
-    (Case('dense', 16, 67200, 'contiguous', True), 'sample_by_sample'),
-    (Case('dense', 128, 3136, 'contiguous', True), 'grouped'),
-    (Case('grouped', 2, 49, 'channels_last', False), 'grouped')])
+    (Case('grouped', 2, 67200, 'channels_last', False), 'sample_by_sample'),
+    (Case('grouped', 2, 49, 'channels_last', False), 'grouped'),
+    (Case('grouped', 2, 67200, 'contiguous', False), 'grouped')])
 def test_what_is_shipped_for_gpus(case, path):
-    assert BY_ANALYSIS.choose(case) is getattr(paths, path)
+    assert SHIPPED.choose(case) is getattr(paths, path)
 
 
 def test_devices_and_their_tables():
     assert path_table.table_of('cpu') is None  # the rules of convolution.py
-    assert path_table.table_of('cuda') is path_table.table_of('meta') is BY_ANALYSIS
+    assert path_table.table_of('cuda') is path_table.table_of('meta') is SHIPPED
     with torch.device('meta'):
         x, kernel = torch.empty(2, 4, 9, 9), torch.empty(2, 4, 4, 3, 3)
-        assert choose(x, kernel) is paths.sample_by_sample
+        assert choose(x, kernel) is paths.im2col
+        assert choose(x.to(memory_format=torch.channels_last), kernel) is paths.sample_by_sample
         assert choose(x[:1], kernel[:1]) is paths.one
         assert choose(x, kernel, ((1, 1), 'same', (1, 1), 1)) is paths.grouped
         assert choose(x, kernel[:, :, :2], ((1, 1), (1, 1), (1, 1), 2)) is paths.grouped
@@ -66,7 +73,7 @@ def test_a_file_decides(path, tmp_path):
     assert choose(x[:1], kernel[:1]) is not paths.grouped  # nothing to group
     torch.testing.assert_close(ops.dynamic_conv(x, kernel, None, *PLAIN),
                                reference.dynamic_conv(x, kernel, None, *PLAIN))
-    assert path_table.table_of('cuda') is BY_ANALYSIS
+    assert path_table.table_of('cuda') is SHIPPED
     ops.use_paths(None)
     assert path_table.table_of('cpu') is None
 
@@ -120,7 +127,7 @@ def test_files_that_are_none(tmp_path):
 
 
 def test_there_and_back():
-    assert parse_table(json.loads(json.dumps(describe_table(BY_ANALYSIS)))) == BY_ANALYSIS
+    assert parse_table(json.loads(json.dumps(describe_table(SHIPPED)))) == SHIPPED
 
 
 @pytest.mark.slow
