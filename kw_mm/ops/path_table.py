@@ -130,7 +130,7 @@ class Table:
         raise AssertionError(f'no rule for {case}')
 
 
-# Measured in bfloat16 with 2 to 128 images (docs/performance.md); a single one, other precisions and
+# Measured in bfloat16 with 2 to 128 images (docs/performance.md); one image, other precisions and
 # other GPUs are taken to be alike. A grouped convolution copies channels-last maps twice, which
 # costs more than many launches if maps are large; with contiguous ones it is the fastest, but for
 # the smallest maps, whose kernels are larger than they are.
