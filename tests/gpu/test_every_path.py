@@ -2,6 +2,7 @@
 import pytest
 from kw_benchmark import profiling
 from kw_benchmark.gpu_cases import find_cases, run_case
+from kw_benchmark.path_cases import find_path_cases, run_path_case
 from kw_benchmark.schedule import Findings
 
 pytestmark = pytest.mark.gpu
@@ -10,6 +11,11 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize('case', find_cases('cuda'), ids=str)
 def test_outputs_and_gradients(case):
     assert all(check.passed for check in run_case(case))
+
+
+@pytest.mark.parametrize('case', find_path_cases('cuda'), ids=str)
+def test_ways_to_convolve(case):
+    assert all(check.passed for check in run_path_case(case))
 
 
 def test_nothing_waits_for_a_result():

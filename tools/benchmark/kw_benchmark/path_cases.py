@@ -14,6 +14,7 @@ from torch import Tensor
 from kw_mm.ops import convolution_paths, reference
 from kw_mm.ops.path_table import KINDS
 
+from .gpu_cases import without_tf32
 from .parity import ALLOWANCE, EXACT, Check, compare, raise_on_failure
 from .setting import Setting
 
@@ -78,10 +79,11 @@ def run_path_case(case: PathCase) -> list[Check]:
         channels, size = 8, geometry.kernel_size
         tensors = (torch.randn(BATCH, channels, 9, 8), torch.randn(channels),
                    torch.randn(BATCH, channels, channels // geometry.groups, *size))
-        truth = _results(reference.dynamic_conv, tensors, geometry, double)
-        usual = _results(reference.dynamic_conv, tensors, geometry, setting)
-        found = _results(lambda x, kernel, bias, *rest: path(
-            x, kernel, bias, setting.channels_last, *rest), tensors, geometry, setting)
+        with without_tf32():
+            truth = _results(reference.dynamic_conv, tensors, geometry, double)
+            usual = _results(reference.dynamic_conv, tensors, geometry, setting)
+            found = _results(lambda x, kernel, bias, *rest: path(
+                x, kernel, bias, setting.channels_last, *rest), tensors, geometry, setting)
         for name, got, plain, wanted in zip(('outputs', *(f'gradients of the {name}' for name in (
                 'map', 'bias', 'kernels'))), found, usual, truth):
             # A few elements only, so that the loop may happen to be nearly exact.
