@@ -109,7 +109,8 @@ def _path_on_cpu(x: Tensor, kernel: Tensor, positions: int, is_plain: bool,
         if x.dim() == 4 and not is_pointwise and positions <= IM2COL_POSITIONS and (
                 num_samples > 1 or not kernel.is_contiguous()):
             return paths.im2col
-        if positions < GROUPED_POSITIONS or not kernel.requires_grad or paths.is_channels_last(x):
+        if (num_samples == 1 or positions < GROUPED_POSITIONS or not kernel.requires_grad
+                or paths.is_channels_last(x)):
             return paths.sample_by_sample
     return paths.grouped
 
