@@ -13,9 +13,10 @@ def test_outputs_and_gradients(case):
     assert all(check.passed for check in run_case(case))
 
 
-@pytest.mark.parametrize('case', find_path_cases('cuda'), ids=str)
-def test_ways_to_convolve(case):
-    assert all(check.passed for check in run_path_case(case))
+@pytest.mark.parametrize('cases', find_path_cases('cuda').values(), ids=find_path_cases('cuda'))
+def test_ways_to_convolve(cases):
+    for case in cases:
+        assert all(check.passed for check in run_path_case(case)), case
 
 
 def test_nothing_waits_for_a_result():

@@ -75,10 +75,9 @@ def parity(device: str, _: Path) -> None:
     """Every case, then what a GPU must not do: wait for results, or refuse to be captured."""
     findings = Findings()
     with each(findings) as attempt:
-        for case in find_path_cases(device):
-            if attempt(str(case), run_path_case, case) is None:
-                findings.add('ways to convolve', case=case, result='FAILED')
-        findings.note(f'{len(find_path_cases(device))} ways to convolve, by setting: compared.')
+        for path, cases in find_path_cases(device).items():
+            right = [attempt(str(case), run_path_case, case) is not None for case in cases]
+            findings.add('ways to convolve', path=path, settings=len(cases), right=sum(right))
         for case in find_cases(device):
             checks = attempt(str(case), run_case, case)
             findings.add('comparisons', case=case, result='FAILED' if checks is None else

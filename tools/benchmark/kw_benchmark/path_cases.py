@@ -52,13 +52,13 @@ class PathCase:
         return f'{self.path}, {self.setting.label}'
 
 
-def find_path_cases(device: str) -> list[PathCase]:
-    """All ways in every precision, layout and under autocast."""
+def find_path_cases(device: str) -> dict[str, list[PathCase]]:
+    """All ways, by name, in every precision, layout and under autocast."""
     precisions = [(torch.float64, False), (torch.float32, False), (torch.bfloat16, False),
                   (torch.bfloat16, True), (torch.float16, False), (torch.float16, True)]
     names = dict.fromkeys(path for known in KINDS.values() for path in known)
-    return [PathCase(path, Setting(device, dtype, amp, layout)) for dtype, amp in precisions
-            for layout in (True, False) for path in names]
+    return {path: [PathCase(path, Setting(device, dtype, amp, layout))
+                   for dtype, amp in precisions for layout in (True, False)] for path in names}
 
 
 def run_path_case(case: PathCase) -> list[Check]:
