@@ -196,11 +196,11 @@ class OptimizedConv(CellUser):
             return mix_bases(hidden, attention.logits(hidden), self.bases, grid,
                              self.plan.spec.weight_shape, dtype)
         if not triton_is_wanted():
-            return assemble_kernel(attention(x), self.cells, grid, self.kernel_size, self.scale,
-                                   dtype)
+            return assemble_kernel(attention(x), self.cells_as(dtype), grid, self.kernel_size,
+                                   self.scale, dtype)
         logits, (beta, tau) = attention.logits(attention.hidden(x)), attention.assignment
-        return assemble_logits(logits, beta, tau, self.cells, grid, self.kernel_size, self.scale,
-                               dtype)
+        return assemble_logits(logits, beta, tau, self.cells_as(dtype), grid, self.kernel_size,
+                               self.scale, dtype)
 
     @torch.no_grad()
     def _contract(self) -> Tensor:

@@ -18,7 +18,7 @@ from ..ops import (
     dynamic_conv,
     triton_is_wanted,
 )
-from ..ops.convolution import in_order, is_channels_last
+from ..ops.convolution_paths import in_order, is_channels_last
 from ..plan import ConvSpec, LayerPlan, plan_warehouses
 from .attention import Attention
 from .loading import check_fit
@@ -264,11 +264,11 @@ class _KWConvNd(CellUser):
         if (not triton_is_wanted() or torch.is_grad_enabled() or torch.jit.is_tracing()
                 or type(attention) is not Attention or 'forward' in attention.__dict__
                 or has_hooks(attention)):
-            return assemble_kernel(attention(x), collect_gradients(self.cells), grid,
+            return assemble_kernel(attention(x), collect_gradients(self.cells_as()), grid,
                                    self.kernel_size)
         # Nobody asks for the mixing weights.
-        return assemble_logits(attention.logits_of(x), attention.beta, attention.tau, self.cells,
-                               grid, self.kernel_size)
+        return assemble_logits(attention.logits_of(x), attention.beta, attention.tau,
+                               self.cells_as(), grid, self.kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolves ``(N, C_in, *spatial)``, each sample with its own kernel; N may be 0.

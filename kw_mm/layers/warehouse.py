@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops import cast_once
+from ..ops.autocast import product_dtype
 from ..plan import LayerPlan, WarehousePlan
 from .loading import check_fit
 
@@ -131,3 +133,15 @@ class CellUser(nn.Module):
                                'and cannot be used here: use DistributedDataParallel, with one '
                                'process if need be')
         return self.manager.cells(self.plan.warehouse)
+
+    def cells_as(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The cells for mixtures in a dtype, by default their own, or autocast's where that is on.
+
+        Layers that need no gradient share a narrower copy (``kw_mm.ops.cast_once``).
+        """
+        cells = self.cells
+        dtype = product_dtype(cells) if dtype is None else dtype
+        if cells.dtype.itemsize <= dtype.itemsize:
+            return cells
+        warehouse = self.manager.plan.warehouses[self.plan.warehouse]
+        return cast_once(cells, dtype, self.plan.spec.name, len(warehouse.layers))

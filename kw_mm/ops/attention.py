@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import dispatch
 from .reference import EPS
 
 
@@ -45,8 +46,12 @@ def mixing_weights(logits: Tensor, beta: Tensor | None, tau: Tensor | None) -> T
 def logit_norms(logits: Tensor) -> Tensor:
     """What logits ``(N, m, n + 1)`` are divided by; see ``reference``. Not in half precision."""
     # In float16 a sum of magnitudes overflows; in bfloat16 EPS is lost beside it.
-    z = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    return z.abs().sum(-1) + EPS
+    half = logits.dtype in (torch.float16, torch.bfloat16)
+    if dispatch.is_recorded():
+        return (logits.float() if half else logits).abs().sum(-1) + EPS
+    # One kernel where these are two or three. Other formats have more names for those.
+    return torch.linalg.vector_norm(
+        logits, 1, -1, dtype=torch.float32 if half else None) + EPS
 
 
 def mixing_weights_grad(grad: Tensor, logits: Tensor, tau: Tensor | None) -> Tensor:

@@ -55,8 +55,8 @@ def collect_gradients(cells: Tensor) -> Tensor:
         The same values; ``cells`` itself if it needs no gradient, or if more than torch's autograd
         is at work.
     """
-    if not (torch.is_grad_enabled() and _is_eager() and cells.requires_grad and cells.is_leaf
-            and type(cells) in (Tensor, nn.Parameter) and _is_autograd_alone()):
+    if not (torch.is_grad_enabled() and cells.requires_grad and cells.is_leaf
+            and type(cells) in (Tensor, nn.Parameter) and is_undisturbed()):
         return cells
     dtype = product_dtype(cells)
     alive = _collectors.setdefault(cells, {})
@@ -190,9 +190,9 @@ def _is_eager() -> bool:
     return not (torch.jit.is_tracing() or dispatch.is_compiling())
 
 
-def _is_autograd_alone() -> bool:
-    """Whether neither transforms, nor modes, nor forward-mode derivatives are at work."""
-    return (_has_internals() and not torch._C._are_functorch_transforms_active()
+def is_undisturbed() -> bool:
+    """Whether no compiler, transform, mode or forward-mode derivative is at work."""
+    return (_is_eager() and _has_internals() and not torch._C._are_functorch_transforms_active()
             and torch._C._len_torch_dispatch_stack() == 0
             and getattr(forward_ad, '_current_level', 0) < 0)
 

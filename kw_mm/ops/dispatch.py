@@ -32,10 +32,18 @@ IS_POSSIBLE = not _missing
 # Torch 2.1 and 2.2 have this function here. The compiler has it too, but is slow to import.
 is_compiling = getattr(torch.compiler, 'is_compiling', None) or torch._utils.is_compiling
 
+# Older versions of torch do not tell. They export what the example takes.
+is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
+
 _library = torch.library.Library('kw_mm', 'DEF')
 
 # A tag since 2.2: the compiler can handle the operator.
 _tags: dict[str, Any] = dict(tags=[torch.Tag.pt2_compliant_tag]) if IS_POSSIBLE else {}
+
+
+def is_recorded() -> bool:
+    """Whether this call is recorded in a graph that will get tensors of other sizes."""
+    return torch.jit.is_tracing() or is_exporting()
 
 
 def register_composite(schema: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:

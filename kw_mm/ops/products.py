@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import dispatch
 from .attention import logit_norms, mixing_weights
 from .cell_storage import MIN_CELLS, stored_by_rows
 from .layout import block_shape, has_positions_last, memory_shape, positions_last, view_as_kernel
@@ -91,10 +92,11 @@ def mix_bases(hidden: Tensor, logits: Tensor, bases: Tensor, grid: Sequence[int]
               kernel_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """See ``operators.mix_bases``."""
     # Few rows and a wide matrix, as in assembly; bases are stored in blocks.
-    scales = 1 / logit_norms(logits)
-    factors = scales_by_block(scales, grid, kernel_shape).T.unsqueeze(-1) * with_constant(hidden)
-    mixed = _batch_product(factors.to(dtype), bases.to(dtype)).transpose(0, 1)
-    return bases_as_kernel(mixed, kernel_shape)
+    mixed = _batch_product(with_constant(hidden).to(dtype), bases.to(dtype)).transpose(0, 1)
+    # (N, OG, c_out, S, positions, IG, width), divided while it is brought into this order.
+    blocks = mixed.unflatten(1, block_shape(grid, kernel_shape))
+    norms = logit_norms(logits).unflatten(1, grid).transpose(1, 2)[:, :, None, :, None, :, None]
+    return bases_as_kernel(_divide(blocks, norms), kernel_shape)
 
 
 def with_constant(hidden: Tensor) -> Tensor:
@@ -111,10 +113,18 @@ def scales_by_block(scales: Tensor, grid: Sequence[int], kernel_shape: Sequence[
 
 
 def bases_as_kernel(mixed: Tensor, kernel_shape: Sequence[int]) -> Tensor:
-    """Kernels ``(N, *kernel_shape)`` of mixed bases ``(N, B, width)``."""
+    """Kernels ``(N, *kernel_shape)`` of mixed bases, ``(N, B, width)`` in any shape."""
     out_channels, in_channels, *kernel_size = kernel_shape
     memory = mixed.reshape(mixed.shape[0], out_channels, math.prod(kernel_size), in_channels)
     return positions_last(memory.contiguous(), kernel_size)
+
+
+def _divide(values: Tensor, divisors: Tensor) -> Tensor:
+    """The quotients as new memory, in the order of dimensions, in the dtype of the values."""
+    # Autograd and transforms, which see this code where it is not inside an operator, refuse out=.
+    if torch.is_grad_enabled() or not dispatch.IS_POSSIBLE:
+        return (values / divisors).to(values.dtype).contiguous()
+    return torch.div(values, divisors, out=values.new_empty(values.shape))
 
 
 def _batch_product(left: Tensor, right: Tensor) -> Tensor:

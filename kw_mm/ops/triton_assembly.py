@@ -1,7 +1,7 @@
 """Kernel assembly in Triton: products write mixtures directly to their final places.
 
 ``cuda`` calls these instead of torch's products. Tests compile them for GPUs and run them in
-Triton's interpreter; they have not run on a GPU yet.
+Triton's interpreter; on a GPU they have run, but were not compared with the method.
 
 A mixture is a row of alpha times the cells: few rows (samples times mixtures), very wide cells. So
 the columns (a column is one element of a cell) are divided between programs, every program takes

@@ -12,7 +12,7 @@ from optimised import optimised_with, randomise
 from torch import nn
 
 from kw_mm import KWConv1d, KWConv2d, KWConv3d, KWLinear, KWResNet
-from kw_mm.ops import convolution, dynamic_conv, use_cpu_products
+from kw_mm.ops import convolution, convolution_paths, dynamic_conv, use_cpu_products
 
 CONVS = {1: KWConv1d, 2: KWConv2d, 3: KWConv3d}
 
@@ -99,7 +99,7 @@ def test_linear_layers(optimise):
             torch.testing.assert_close(turned, y)
 
 
-PATHS = ['_one', '_pointwise', '_im2col', '_sample_by_sample', '_grouped']
+PATHS = ['one', 'pointwise', 'im2col', 'rows', 'sample_by_sample', 'grouped']
 
 
 @pytest.mark.parametrize('layout', [contiguous, channels_last])
@@ -108,11 +108,11 @@ def test_kernels_of_any_strides_without_copies(path, layout, monkeypatch):
     # The paths themselves return the right format, because copying a map costs as much as a small
     # convolution. Kernels are contiguous, position before input, one output channel at a time, or
     # with unusual strides in dimensions of length 1.
-    monkeypatch.setattr(convolution, 'choose_path', lambda *_: getattr(convolution, path))
-    batch = 1 if path == '_one' else 3
+    monkeypatch.setattr(convolution, 'choose_path', lambda *_: getattr(convolution_paths, path))
+    batch = 1 if path == 'one' else 3
     for groups, size in itertools.product((1, 4), ((1, 1), (3, 3), (1, 3))):
-        if (path == '_pointwise' and size != (1, 1)) or (
-                groups > 1 and path in ('_pointwise', '_im2col')):
+        if (path == 'pointwise' and size != (1, 1)) or (
+                groups > 1 and path in ('pointwise', 'im2col', 'rows')):
             continue
         torch.manual_seed(0)
         x = layout(torch.randn(batch, 4, 7, 9))
@@ -122,10 +122,10 @@ def test_kernels_of_any_strides_without_copies(path, layout, monkeypatch):
                               for i in range(batch)])
         for strided in (kernel, kernel.movedim(2, -1).contiguous().movedim(-1, 2),
                         kernel.transpose(0, 1).contiguous().transpose(0, 1), odd(kernel)):
-            y = getattr(convolution, path)(x, strided, None, layout is channels_last, (1, 1),
+            y = getattr(convolution_paths, path)(x, strided, None, layout is channels_last, (1, 1),
                                            padding, (1, 1), groups)
             torch.testing.assert_close(y, expected)
-            assert lies_as(y, layout if path != '_grouped' else contiguous)
+            assert lies_as(y, layout if path != 'grouped' else contiguous)
             whole = dynamic_conv(x, strided, None, (1, 1), padding, (1, 1), groups)
             torch.testing.assert_close(whole, expected)
             assert lies_as(whole, layout)

@@ -10,6 +10,7 @@ from parity import check, geometries, leaf
 
 from kw_mm import ops
 from kw_mm.ops import convolution, products, reference
+from kw_mm.ops import convolution_paths as paths
 
 
 def by_rows(cells):
@@ -173,7 +174,7 @@ def test_pointwise_where_products_are_narrow(batch, stride, monkeypatch):
     single = [t.detach().float().requires_grad_() for t in single]
     geometry = (stride, stride), (0, 0), (1, 1), 1
     assert convolution.choose_path(*single[:2], *geometry) is (
-        convolution._sample_by_sample if batch > 1 else convolution._one)
+        paths.sample_by_sample if batch > 1 else paths.one)
     double = [t.detach().double().requires_grad_() for t in single]
     y, expected = ops.dynamic_conv(*single, *geometry), reference.dynamic_conv(*double, *geometry)
     assert y.is_contiguous()
@@ -192,7 +193,7 @@ def test_which_pointwise_kernels_are_convolved(narrow, monkeypatch):
         kernel = torch.empty(batch, c_out, c_in, 1, 1, dtype=dtype, requires_grad=training)
         x = x.contiguous(memory_format=torch.channels_last) if turn else x
         path = convolution.choose_path(x, kernel, (1, 1), (0, 0), (1, 1), 1)
-        return path is not convolution._pointwise
+        return path is not paths.pointwise
 
     assert is_convolved(1, 256, 1024, 14) is narrow
     assert is_convolved(8, 256, 1024, 14, training=True) is narrow
@@ -230,7 +231,7 @@ def test_the_bounds_choose_different_paths(monkeypatch):
             monkeypatch.setattr(convolution, name, value)
         chosen.add(convolution.choose_path(x, kernel, *geometry))
         # Without gradients the grouped convolution is not used.
-        assert convolution.choose_path(x, kernel.detach(), *geometry) is not convolution._grouped
+        assert convolution.choose_path(x, kernel.detach(), *geometry) is not paths.grouped
     chosen.add(convolution.choose_path(x[:1], kernel[:1], *geometry))
     chosen.add(convolution.choose_path(x[:0], kernel[:0], *geometry))
     chosen.add(convolution.choose_path(x, kernel[..., :1, :1], (1, 1), (0, 0), (1, 1), 1))

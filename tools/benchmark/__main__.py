@@ -9,6 +9,7 @@ from collections.abc import Sequence
 COMMANDS = {
     'gpu': ('kw_benchmark.gpu', 'all checks and figures on a GPU, within minutes'),
     'speed': ('kw_benchmark.speed', 'KW networks beside their static twins: time, memory, floors'),
+    'tune': ('kw_benchmark.tune', 'which way to convolve each sample is fastest on this machine'),
 }
 
 

@@ -49,12 +49,18 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = dict(resnet=resnet, layers=layers
 HALVES = (torch.bfloat16, torch.float16)
 # In the order of their worth. A setting's name is its label.
 EAGER = (Setting(), Setting(dtype=torch.bfloat16, amp=True, channels_last=True),
-         Setting(dtype=torch.float16, amp=True), Setting(channels_last=True),
-         *(Setting(dtype=dtype, channels_last=layout) for dtype in HALVES
-           for layout in (True, False)))
-CAPTURED = tuple(Setting('cuda', dtype, cuda_graphs=True, channels_last=True)
-                 for dtype in (torch.bfloat16, torch.float32))
-COMPILED = (Setting(compile=True), Setting(dtype=torch.bfloat16, amp=True, compile=True))
+         Setting(dtype=torch.float16, amp=True))
+CAPTURED = tuple(Setting('cuda', dtype, amp, channels_last=layout, cuda_graphs=True)
+                 for dtype, amp, layout in (
+                     (torch.bfloat16, True, True), (torch.bfloat16, False, True),
+                     (torch.float16, True, False), (torch.float32, False, True)))
+COMPILED = (Setting(compile=True),
+            *(Setting(dtype=dtype, amp=True, channels_last=layout, compile=True)
+              for dtype, layout in zip(HALVES, (True, False))))
+OTHERS = (Setting(channels_last=True), Setting(dtype=torch.bfloat16, amp=True),
+          Setting(dtype=torch.float16, amp=True, channels_last=True),
+          *(Setting(dtype=dtype, channels_last=layout) for dtype in HALVES
+            for layout in (True, False)))
 
 
 @dataclass(frozen=True)
@@ -73,11 +79,15 @@ def find_cases(device: str) -> list[Case]:
     """All of a device, the most telling first; of a CPU those that take it seconds."""
     if torch.device(device).type != 'cuda':
         return [Case(name, setting) for setting in EAGER[:2] for name in ('layers', 'convnext')]
-    settings = [replace(s, device=device) for s in (*EAGER, *CAPTURED)]
-    compiled = [replace(s, device=device) for s in COMPILED]
-    return [*(Case(name, s) for s in settings for name in NETWORKS),
-            *(Case(name, s, True) for s in settings for name in ('resnet', 'layers')),
-            *(Case('resnet', s, triton) for triton in (False, True) for s in compiled)]
+    eager, captured, compiled, others = (
+        [replace(s, device=device) for s in some] for some in (EAGER, CAPTURED, COMPILED, OTHERS))
+    return [*(Case(name, s, triton) for triton in (False, True) for s in eager
+              for name in ('resnet', 'layers')),
+            *(Case('resnet', s, triton) for s in captured for triton in (False, True)),
+            *(Case('resnet', s, triton) for s in compiled for triton in (False, True)),
+            *(Case(name, s, triton) for s in others for triton in (False, True)
+              for name in ('resnet', 'layers')),
+            *(Case('convnext', s) for s in (*eager, *captured, *others))]
 
 
 def run_case(case: Case) -> list[Check]:

@@ -17,10 +17,11 @@ from mmengine.logging import MMLogger
 from . import detector_training, profiling
 from .backbones import compare
 from .detectors import compare_detectors
-from .gpu_cases import find_cases, run_case
+from .gpu_cases import find_cases, run_case, triton
 from .machine import Rates, measure_rates
 from .networks import Subject, make_images
 from .parity import ParityError
+from .path_cases import find_path_cases, run_path_case
 from .programs import KW, OPTIMISED, STATIC
 from .report import describe_checks
 from .schedule import Findings
@@ -74,6 +75,9 @@ def parity(device: str, _: Path) -> None:
     """Every case, then what a GPU must not do: wait for results, or refuse to be captured."""
     findings = Findings()
     with each(findings) as attempt:
+        for path, cases in find_path_cases(device).items():
+            right = [attempt(str(case), run_path_case, case) is not None for case in cases]
+            findings.add('ways to convolve', path=path, settings=len(cases), right=sum(right))
         for case in find_cases(device):
             checks = attempt(str(case), run_case, case)
             findings.add('comparisons', case=case, result='FAILED' if checks is None else
@@ -89,7 +93,7 @@ def backbone(device: str, _: Path) -> None:
     findings, rates = Findings(), dict[torch.dtype, Rates]()
     torch.backends.cudnn.benchmark = True
     with each(findings) as attempt:
-        for workload in find_workloads(device):
+        for workload, with_triton in find_workloads(device):
             setting = workload.setting
             if setting.dtype not in rates:
                 rates[setting.dtype] = measure_rates(setting, *(
@@ -100,31 +104,38 @@ def backbone(device: str, _: Path) -> None:
                     f'{found.bandwidth / 1e9:.4g} GB in a second.')
             for budget in (1, 4):
                 options = dict(depth=50) if setting.on_cuda else dict(depth=18, base_channels=8)
-                row = attempt(f'{workload.name}, b={budget}', lambda w, b, o, r: compare(
-                    Subject('KWResNet', b, o), w, r, **(TIMING if w.setting.on_cuda else QUICK)),
-                    workload, budget, options, rates[setting.dtype])
+                with triton(with_triton):
+                    row = attempt(f'{workload.name}, b={budget}', lambda w, b, o, r: compare(
+                        Subject('KWResNet', b, o), w, r, **(
+                            TIMING if w.setting.on_cuda else QUICK)),
+                        workload, budget, options, rates[setting.dtype])
                 if row is not None:
-                    _add_row(findings, workload, budget, row)
+                    _add_row(findings, workload, budget, with_triton, row)
 
 
-def find_workloads(device: str) -> list[Workload]:
-    """The most telling first."""
+def find_workloads(device: str) -> list[tuple[Workload, bool]]:
+    """What is measured, and whether with Triton; the most telling first."""
     if torch.device(device).type != 'cuda':
-        return [Workload(kind, 2, 64, 64, Setting(device)) for kind in ('inference', 'training',
-                                                                       'memory')]
+        return [(Workload(kind, 2, 64, 64, Setting(device)), False)
+                for kind in ('inference', 'training', 'memory')]
     infer = Setting(device, torch.bfloat16, channels_last=True)
     train = Setting(device, torch.bfloat16, amp=True, channels_last=True)
     captured = Setting(device, torch.bfloat16, channels_last=True, cuda_graphs=True)
     large = (800, 1344)
-    return [Workload('inference', 1, *large, infer), Workload('training', 2, *large, train),
-            Workload('inference', 128, 224, 224, infer), Workload('training', 128, 224, 224, train),
-            Workload('memory', 2, *large, train), Workload('inference', 1, *large, captured),
-            *(Workload(kind, batch, *large, setting) for batch in (2, 4, 8, 16)
-              for kind, setting in (('inference', infer), ('training', train)) if
-              (kind, batch) != ('training', 2))]
+    first = (Workload('inference', 1, *large, infer), Workload('training', 2, *large, train),
+             Workload('inference', 1, *large, captured))
+    small = (128, 224, 224)
+    others = (Workload('inference', *small, infer), Workload('training', *small, train),
+              Workload('memory', 2, *large, train),
+              *(Workload(kind, batch, *large, setting) for batch in (2, 4, 8, 16)
+                for kind, setting in (('inference', infer), ('training', train))
+                if (kind, batch) != ('training', 2)))
+    return [*((workload, with_triton) for workload in first for with_triton in (False, True)),
+            *((workload, False) for workload in others)]
 
 
-def _add_row(findings: Findings, workload: Workload, budget: float, row: dict[str, Any]) -> None:
+def _add_row(findings: Findings, workload: Workload, budget: float, with_triton: bool,
+             row: dict[str, Any]) -> None:
     ratios, goal = row['ratios'], GOALS[workload.kind][int(budget)]
     if workload.batch == 128:
         goal = SMALL_GOALS[int(budget)]
@@ -138,7 +149,8 @@ def _add_row(findings: Findings, workload: Workload, budget: float, row: dict[st
         shown = {f'{name} ms': f'{times["total"] * 1e3:.4g}'
                  for name, times in row['seconds'].items()} | shown | {
             'floor': f'{min(row["floors"].values()):.3g}'}
-    findings.add(workload.kind, workload=workload.name, b=budget, **shown, goal=goal)
+    findings.add(workload.kind, workload=workload.name, b=budget, triton=with_triton, **shown,
+                 goal=goal)
 
 
 def detector(device: str, out: Path) -> None:
