@@ -1,9 +1,8 @@
 """Whether a file computes what its model does."""
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,23 +22,46 @@ MAX_ALONE = 0.01
 CASES = ((1, (256, 320)), (2, (320, 256)))
 
 
-def compare(path: str | os.PathLike, form: ExportForm, model: nn.Module, cfg: Any,
-            images: Sequence[np.ndarray] = ()) -> list[str]:
-    """Compares a file with the model it comes from, at two batch sizes and two image sizes.
+class Comparison(NamedTuple):
+    """How far a file is from its model, for one batch.
+
+    Attributes:
+        batch: Number of images.
+        size: Their height and width.
+        error: The largest one; infinite if objects differ.
+        text: What was compared.
+    """
+
+    batch: int
+    size: tuple[int, int]
+    error: float
+    text: str
+
+    @property
+    def equal(self) -> bool:
+        """Whether rounding explains all that differs."""
+        return self.error <= TOLERANCE
+
+    def __str__(self) -> str:
+        return (f'{"equals" if self.equal else "differs"}: batch {self.batch} of '
+                f'{self.size[0]}x{self.size[1]}: {self.text}')
+
+
+def compare(run: ModelFile, form: ExportForm, model: nn.Module, cfg: Any,
+            images: Sequence[np.ndarray] = (),
+            cases: Sequence[tuple[int, tuple[int, int]]] = CASES) -> list[Comparison]:
+    """Compares a file with the model it comes from, at several batch sizes and image sizes.
 
     Args:
-        path: Of the file.
+        run: The file.
         form: What was exported, in PyTorch.
         model: The detector or segmentor it was made from, in evaluation mode.
         cfg: Its config.
         images: BGR, uint8, which are resized; None of them for noise.
-
-    Returns:
-        One line for each case, which begins with ``differs`` if it does.
+        cases: Batch sizes, each with height and width.
     """
-    run = ModelFile(path)
-    lines = []
-    for number, (batch, size) in enumerate(CASES):
+    comparisons = []
+    for number, (batch, size) in enumerate(cases):
         inputs = _inputs(images, batch, size, run.metadata, number)
         feeds = [inputs.numpy()]
         if len(form.input_names) == 2:
@@ -52,9 +74,8 @@ def compare(path: str | os.PathLike, form: ExportForm, model: nn.Module, cfg: An
                 expected = _expected_maps(model, form.kind, inputs)
                 error = max(_relative(a, b.numpy()) for a, b in zip(found, expected))
                 text = f'relative error {error:.1e}'
-        state = 'equals' if error <= TOLERANCE else 'differs'
-        lines.append(f'{state}: batch {batch} of {size[0]}x{size[1]}: {text}')
-    return lines
+        comparisons.append(Comparison(batch, size, error, text))
+    return comparisons
 
 
 def _inputs(images: Sequence[np.ndarray], batch: int, size: tuple[int, int],

@@ -12,6 +12,7 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 from ..checkpoint import check_checkpoint
+from ..config_types import without_downloads_
 from ..export.files import check_path, write_model
 from ..layers.loading import strict_loading
 from ..models.static_weights import build_model
@@ -33,10 +34,7 @@ def load_model(cfg: Config, checkpoint: str) -> nn.Module:
     from mmengine.runner import load_checkpoint
     check_checkpoint(checkpoint)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    for key in ('pretrained', 'init_cfg'):
-        if key in cfg.model:
-            cfg.model[key] = None
-    model: Any = revert_sync_batchnorm(build_model(cfg.model))
+    model: Any = revert_sync_batchnorm(build_model(without_downloads_(cfg.model)))
     with strict_loading():
         loaded = load_checkpoint(model, checkpoint, map_location='cpu')
     meta = loaded.get('meta', {})

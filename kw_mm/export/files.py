@@ -22,6 +22,9 @@ METADATA = 'kw_mm'
 MAX_BATCH, MIN_SIZE, MAX_SIZE = 1024, 32, 1 << 15
 
 SUFFIXES = dict(onnx='.onnx', openvino='.xml', torch_export='.pt2', torchscript='.torchscript')
+# What reads them, the usual one first.
+RUNTIMES = {'.onnx': ('onnxruntime', 'openvino'), '.xml': ('openvino',), '.pt2': ('torch',),
+            '.torchscript': ('torch',)}
 PACKAGES = dict(onnx=('onnx', 'onnxscript'), openvino=('onnx', 'onnxscript', 'openvino'),
                 torch_export=(), torchscript=())
 
@@ -158,11 +161,13 @@ def _write_openvino(onnx: Path, path: Path, text: str) -> None:
 
 
 class ModelFile:
-    """A file of a model, ready to run on the CPU with the runtime that its ending asks for.
+    """A file of a model, ready to run on the CPU.
 
     Args:
         path: Of the file.
         threads: How many to use; None for the runtime's choice.
+        runtime: One of ``RUNTIMES``; None for the one that the path's ending asks for. OpenVINO
+            reads ONNX files as well.
 
     Attributes:
         metadata: What the file says about itself.
@@ -170,19 +175,25 @@ class ModelFile:
     Raises:
         FileNotFoundError: If there is no such file.
         ImportError: If its runtime is missing.
-        ValueError: If its ending is none of ``SUFFIXES``.
+        ValueError: If its ending is none of ``SUFFIXES``, or the runtime does not read it.
     """
 
-    def __init__(self, path: str | os.PathLike, threads: int | None = None) -> None:
+    def __init__(self, path: str | os.PathLike, threads: int | None = None,
+                 runtime: str | None = None) -> None:
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f'file {str(path)!r} does not exist')
-        openers = {'.onnx': self._open_onnx, '.xml': self._open_openvino,
-                   '.pt2': self._open_export, '.torchscript': self._open_script}
-        if self.path.suffix not in openers:
-            raise ValueError(f'the file of a model must end in {" or ".join(openers)}, got '
+        suffix = self.path.suffix
+        if suffix not in RUNTIMES:
+            raise ValueError(f'the file of a model must end in {" or ".join(RUNTIMES)}, got '
                              f'{str(path)!r}')
-        text, self._call = openers[self.path.suffix](threads)
+        runtime = runtime or RUNTIMES[suffix][0]
+        if runtime not in RUNTIMES[suffix]:
+            raise ValueError(f'runtime must be {" or ".join(RUNTIMES[suffix])} for {str(path)!r}, '
+                             f'got {runtime!r}')
+        openers = dict(onnxruntime=self._open_onnx, openvino=self._open_openvino,
+                       torch=self._open_export if suffix == '.pt2' else self._open_script)
+        text, self._call = openers[runtime](threads)
         self.metadata: dict[str, Any] = json.loads(text or '{}')
 
     def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:
@@ -204,7 +215,10 @@ class ModelFile:
         openvino = need('openvino')
         core = openvino.Core()
         model = core.read_model(str(self.path))
-        text = model.get_rt_info([METADATA]).astype(str) if model.has_rt_info([METADATA]) else ''
+        # The properties of an ONNX file are kept one level below.
+        places = [place for place in ([METADATA], ['framework', METADATA])
+                  if model.has_rt_info(place)]
+        text = model.get_rt_info(places[0]).astype(str) if places else ''
         # Half precision, which newer CPUs would be given, is not what is compared here.
         settings: dict[str, Any] = dict(INFERENCE_PRECISION_HINT='f32')
         if threads:

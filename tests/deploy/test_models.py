@@ -13,6 +13,7 @@ from kw_mm.deploy import compare, export_form, export_model
 from kw_mm.deploy.comparison import match_objects
 from kw_mm.deploy.preparation import describe_input
 from kw_mm.engine.inference import scope_of
+from kw_mm.export import ModelFile
 
 
 def images(batch, size):
@@ -82,8 +83,8 @@ def test_files(tmp_path, name):
     model = build(cfg)
     path = tmp_path / 'model.onnx'
     form = export_model(model, cfg, path, 'onnx')
-    lines = compare(path, form, model, cfg)
-    assert len(lines) == 2 and all(line.startswith('equals') for line in lines), lines
+    comparisons = compare(ModelFile(path), form, model, cfg)
+    assert len(comparisons) == 2 and all(c.equal for c in comparisons), comparisons
     proto = onnx.load(path)
     onnx.checker.check_model(proto, full_check=True)
     assert not find_violations(proto)

@@ -17,6 +17,7 @@ from torch import nn
 from kw_mm.datasets import write_shapes
 from kw_mm.deploy import compare, export_model, load_model
 from kw_mm.deploy.comparison import match_objects
+from kw_mm.export import ModelFile
 
 ROOT = Path(__file__).parents[2]
 SEGMENTOR = ROOT / 'configs/demo/fpn_kw1x-r18_shapes.py'
@@ -102,7 +103,7 @@ def test_detector(tmp_path, capsys):
     cfg = Config.fromfile(config)
     model = load_model(cfg, str(checkpoint))
     form = export_model(model, cfg, out, 'onnx')
-    assert all(line.startswith('equals') for line in compare(out, form, model, cfg))
+    assert all(c.equal for c in compare(ModelFile(out), form, model, cfg))
     assert not find_violations(onnx.load(out))
     from mmdet.apis import inference_detector
     run = tool('tools/deployment/runner.py').Runner(str(out))

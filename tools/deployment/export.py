@@ -18,6 +18,7 @@ from mmengine.config import Config
 import kw_mm  # noqa: F401  (registers everything, for configs without custom_imports too)
 from kw_mm.deploy import compare, export_model, load_model
 from kw_mm.engine.launch import config_path
+from kw_mm.export import ModelFile
 from kw_mm.export.files import SUFFIXES, check_path
 from kw_mm.export.forms import WEIGHTS
 
@@ -61,9 +62,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print('written to', args.out)
     if args.no_verify:
         return
-    lines = compare(args.out, form, model, cfg, images)
-    print('\n'.join(lines))
-    if any(line.startswith('differs') for line in lines):
+    comparisons = compare(ModelFile(args.out), form, model, cfg, images)
+    print('\n'.join(map(str, comparisons)))
+    if not all(comparison.equal for comparison in comparisons):
         sys.exit('the file does not compute what the model does')
 
 
