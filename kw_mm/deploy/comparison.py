@@ -18,7 +18,8 @@ TOLERANCE = 1e-4
 # Of all objects, those that may be in one of both alone: whether a box suppresses another is a
 # comparison of their overlap with a threshold, which rounding may tip.
 MAX_ALONE = 0.01
-# Batch sizes and image sizes to compare at. Large enough for the 900 queries of a DINO.
+# Batch sizes and image sizes to compare at. Large enough for the 900 queries of a DINO. Of a file
+# for a single batch size it is that one instead.
 CASES = ((1, (256, 320)), (2, (320, 256)))
 
 
@@ -62,6 +63,7 @@ def compare(run: ModelFile, form: ExportForm, model: nn.Module, cfg: Any,
     """
     comparisons = []
     for number, (batch, size) in enumerate(cases):
+        batch = form.batch_size or batch
         inputs = _inputs(images, batch, size, run.metadata, number)
         feeds = [inputs.numpy()]
         if len(form.input_names) == 2:

@@ -32,8 +32,9 @@ PACKAGES = dict(onnx=('onnx', 'onnxscript'), openvino=('onnx', 'onnxscript', 'op
 def write_model(model: nn.Module, path: str | os.PathLike, to: str, example: tuple[Tensor, ...],
                 input_names: Sequence[str], output_names: Sequence[str],
                 metadata: Mapping[str, Any] | None = None, multiple: int = 32,
-                translations: Mapping[Any, Callable] | None = None) -> None:
-    """Writes a model to a file that takes any batch size and any image size.
+                translations: Mapping[Any, Callable] | None = None,
+                any_batch: bool = True) -> None:
+    """Writes a model to a file that takes any image size, and usually any batch size.
 
     Args:
         model: In the form for export (``prepare_for_export_``), on the CPU; returns a tensor or a
@@ -41,14 +42,16 @@ def write_model(model: nn.Module, path: str | os.PathLike, to: str, example: tup
         path: Of the file, which ends as ``SUFFIXES`` says. One that is there is replaced.
         to: ``'onnx'``, ``'openvino'``, ``'torch_export'`` or ``'torchscript'``.
         example: Arguments to record the model with: the first one images ``(N, C, *spatial)``, all
-            with the batch in front. N is at least 2, each size at least twice ``multiple``, and no
-            two sizes are the same, because torch takes ones, and what is equal, for constants.
+            with the batch in front. N is at least 2 (unless it is to be the only one), each size
+            at least twice ``multiple``, and no two sizes are the same, because torch takes ones,
+            and what is equal, for constants.
         input_names: Of the arguments.
         output_names: Of what the model returns.
         metadata: What the file is to say about itself, plain values.
         multiple: What every spatial size is a multiple of. A file for any size, with 1, takes much
             longer to write, for then rounded sizes have to be proved to fit.
         translations: How operators of one's own are written in ONNX.
+        any_batch: Whether the file takes any batch size; if not, that of the example alone.
 
     Raises:
         ImportError: If a package for the format is missing.
@@ -68,7 +71,7 @@ def write_model(model: nn.Module, path: str | os.PathLike, to: str, example: tup
             traced = torch.jit.trace(model, example, check_trace=False)
             torch.jit.save(traced, made, _extra_files={METADATA: text})
         else:
-            program = record(model, example, multiple)
+            program = record(model, example, multiple, any_batch)
             if to == 'torch_export':
                 torch.export.save(program, made, extra_files={METADATA: text})
             else:
@@ -82,19 +85,20 @@ def write_model(model: nn.Module, path: str | os.PathLike, to: str, example: tup
             shutil.move(part, path.with_name(part.name))
 
 
-def record(model: nn.Module, example: tuple[Tensor, ...], multiple: int = 32) -> Any:
-    """The program of a model for any batch and image size; see ``write_model``.
+def record(model: nn.Module, example: tuple[Tensor, ...], multiple: int = 32,
+           any_batch: bool = True) -> Any:
+    """The program of a model for any image size; see ``write_model``.
 
     Raises:
         ValueError: If part of the model computes something from the example's sizes.
     """
-    batch = torch.export.Dim('batch', min=1, max=MAX_BATCH)
+    batch = {0: torch.export.Dim('batch', min=1, max=MAX_BATCH)} if any_batch else {}
     spatial = {}
     for dim in range(2, example[0].dim()):
         size = torch.export.Dim(f'size{dim}', min=-(-MIN_SIZE // multiple),
                                 max=MAX_SIZE // multiple)
         spatial[dim] = size if multiple == 1 else multiple * size
-    shapes = ({0: batch, **spatial}, *({0: batch} for _ in example[1:]))
+    shapes = ({**batch, **spatial}, *(batch for _ in example[1:]))
     try:
         return torch.export.export(model, example, dynamic_shapes=shapes, strict=False)
     except (torch._dynamo.exc.UserError, RuntimeError, ValueError) as error:
@@ -119,7 +123,11 @@ def check_path(path: str | os.PathLike, to: str) -> Path:
         raise ValueError(f'the path of an {to} file must end in {SUFFIXES[to]}, got {str(path)!r}')
     if file.is_dir():
         raise IsADirectoryError(f'{str(path)!r} must be a file to write, it is a folder')
-    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(f'{str(path)!r} cannot be written: its folder cannot be made '
+                          f'({error.strerror})') from error
     if not os.access(file.parent, os.W_OK):
         raise PermissionError(f'{str(path)!r} cannot be written: its folder is read-only')
     return file

@@ -86,11 +86,17 @@ def test_segmentor(tmp_path, capsys):
     assert "type='ResNet'" in made and 'KW' not in made and 'kw_mm' not in made
     tool('tools/deployment/runner.py').main([str(out), str(image)])
     assert '%' in capsys.readouterr().out
+    broken = tmp_path / 'broken.onnx'
+    broken.write_bytes(out.read_bytes()[:1000])
     for argv, message in [
             ([str(DETECTOR), str(out)], 'must be the file of a detector'),
             ([str(config), str(tmp_path / 'no.onnx')], 'does not exist'),
             ([str(config), str(checkpoint)], r'must end in .onnx or .xml'),
-            ([str(config), str(out), '--cfg-options', 'model.type=Other'], 'file of a Other')]:
+            ([str(config), str(out), '--cfg-options', 'model.type=Other'],
+             'the model that the config has, Other, got one of EncoderDecoder'),
+            ([str(config), str(out), '--cfg-options', 'model.backbone.type=ResNet'],
+             'the backbone that the config has, ResNet, got one of KWResNet'),
+            ([str(config), str(broken)], 'must be a file that can be read')]:
         with pytest.raises(SystemExit):
             tool('tools/deployment/test.py').main(argv)
         assert message in capsys.readouterr().err

@@ -23,13 +23,15 @@ from mmengine.config import DictAction
 import kw_mm  # noqa: F401  (registers everything, for configs without custom_imports too)
 from kw_mm.deploy import compare, export_model, load_model
 from kw_mm.engine.inference import find_images
-from kw_mm.engine.launch import config_path, read_config
+from kw_mm.engine.launch import config_path, image_size, read_config
 from kw_mm.export import ModelFile
 from kw_mm.export.files import RUNTIMES, SUFFIXES, need
 from kw_mm.export.forms import WEIGHTS
 from kw_mm.models.random_weights import random_model
 from kw_mm.table import format_table
 
+# Large enough for the 900 queries of a DINO.
+CASES = [(1, (256, 256)), (2, (256, 384)), (5, (320, 224))]
 # A program that needs kw_mm only for the two operators of detectors.
 PROGRAM = """
 import sys
@@ -77,12 +79,14 @@ def make_parser() -> argparse.ArgumentParser:
                         help='what files hold (default: %(default)s)')
     parser.add_argument('--multiple', type=int, default=32,
                         help='of heights and widths (default: %(default)s)')
-    parser.add_argument('--batches', nargs='+', type=int, default=[1, 2, 5], metavar='N',
-                        help='default: 1 2 5')
-    parser.add_argument('--sizes', nargs='+', default=['256x256', '256x384', '320x224'],
-                        metavar='HxW', help='of images (default: 256x256 256x384 320x224)')
+    parser.add_argument('--batch-size', type=int, metavar='N', help='write files for N images '
+                        'alone; default: any number')
+    parser.add_argument('--cases', nargs='+', type=case, metavar='NxHxW', default=CASES,
+                        help='numbers and sizes of images to compare at (default: 1x256x256 '
+                        '2x256x384 5x320x224)')
     parser.add_argument('--images', nargs='+', metavar='IMAGE', default=(),
                         help='images, or folders of them, to compare on; default: noise')
+    parser.add_argument('--out-dir', metavar='DIR', help='keep the files there')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
                         help='settings that replace those of the configs')
     return parser
@@ -91,8 +95,6 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
-    args.cases = [(batch, tuple(map(int, size.split('x'))))
-                  for batch, size in itertools.product(args.batches, args.sizes)]
     args.pictures = [cv2.imread(path) for path in find_images(args.images)]
     rows, good = [], True
     for config, to in itertools.product(args.configs, args.to):
@@ -105,15 +107,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit('not every file computes what its model does')
 
 
+def case(text: str) -> tuple[int, tuple[int, int]]:
+    """For argparse: a number of images, their height and width, written as ``2x256x384``."""
+    number, _, size = text.partition('x')
+    if not (number.isdecimal() and int(number)):
+        raise argparse.ArgumentTypeError(f'must be NxHEIGHTxWIDTH, as 2x256x384, got {text!r}')
+    return int(number), image_size(size)
+
+
 def check(config: str, to: str, args: argparse.Namespace) -> Any:
     """A row of the table, and the comparisons in it, for each runtime that reads the file."""
     cfg = read_config(config, args.cfg_options)
     model = load_model(cfg, args.checkpoint) if args.checkpoint else random_model(cfg)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, f'model{SUFFIXES[to]}')
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.out_dir or temporary
+        path = Path(folder, f'{Path(config).stem}{SUFFIXES[to]}')
         form = export_model(model, cfg, path, to, weights=args.weights, part=args.part,
-                            multiple=args.multiple)
-        size = sum(file.stat().st_size for file in Path(folder).iterdir())
+                            multiple=args.multiple, batch_size=args.batch_size)
+        size = sum(file.stat().st_size for file in path.parent.glob(f'{path.stem}.*'))
         if to == 'onnx':
             # By its path, because what exceeds 2 GB lies beside the file.
             need('onnx').checker.check_model(str(path), full_check=True)

@@ -39,6 +39,8 @@ def make_parser() -> argparse.ArgumentParser:
                         help='that bases may take; default: 1.5 GiB')
     parser.add_argument('--multiple', type=int, default=32, help='what heights and widths are a '
                         'multiple of (default: %(default)s)')
+    parser.add_argument('--batch-size', type=int, metavar='N', help='write a faster file, that '
+                        'takes N images at a time alone; default: any number')
     verify = parser.add_mutually_exclusive_group()
     verify.add_argument('--verify', nargs='+', metavar='IMAGE', default=(),
                         help='images to compare with the model on; default: noise')
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = load_model(cfg, args.checkpoint)
         form = export_model(model, cfg, args.out, args.to, weights=args.weights,
                             memory_budget=args.memory_budget, part=args.part,
-                            multiple=args.multiple)
+                            multiple=args.multiple, batch_size=args.batch_size)
     except (ImportError, OSError, ValueError) as error:
         parser.error(str(error))
     print('written to', args.out)
