@@ -1,6 +1,7 @@
 """KW layers as other runtimes get them, of operations that all of these have."""
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from ..inference import OptimizedConv
 from ..inference.layers import OptimizedAttention
 from ..layers.warehouse import CellUser
 from ..ops import logit_norms
-from .products import pad, slice_conv
+from .products import pad, rearrange, slice_conv
 
 
 class ExportConv(CellUser):
@@ -86,11 +87,12 @@ class ExportConv(CellUser):
             x = pad(x, self.pads, self.padding_mode)
         convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel_size) - 1]
         kernel = kernel.flatten(0, 1).unflatten(2, self.kernel_size)
-        bias = self.bias
-        if bias is not None and batch_size > 1:
-            bias = bias.repeat(batch_size)
-        y = convolve(x.flatten(0, 1).unsqueeze(0), kernel, bias, self.stride, padding,
-                     self.dilation, batch_size * self.groups)
+        options = self.stride, padding, self.dilation, batch_size * self.groups
+        if batch_size == 1:
+            # With nothing in between, runtimes compute the activation behind it along the way.
+            return convolve(x, kernel, self.bias, *options)
+        bias = None if self.bias is None else self.bias.repeat(batch_size)
+        y = convolve(x.flatten(0, 1).unsqueeze(0), kernel, bias, *options)
         return y.unflatten(1, (batch_size, -1)).squeeze(0)
 
     def kernel(self, x: Tensor) -> Tensor:
@@ -103,14 +105,19 @@ class ExportConv(CellUser):
         hidden = self.attention.hidden(x)
         return self._from_bases(hidden, logit_norms(self.attention.logits(hidden)))
 
+    @property
+    def _kernel_shape(self) -> tuple[int, int]:
+        shape = math.prod(self.kernel_size), self.in_channels // self.groups
+        return shape if self.batch_size is None else shape[::-1]
+
     def _from_cells(self, alpha: Tensor) -> Tensor:
         cells = self.cells.flatten(3)
         c_out, c_in, positions = cells.shape[1:]
-        kernel = (alpha @ cells.flatten(1)).unflatten(2, (c_out, c_in, positions))
-        # (N, S, OG, IG, c_out, c_in, positions of a cell)
+        kernel = alpha @ cells.flatten(1)
+        # From (N, S, OG, IG, c_out, c_in, positions of a cell).
         order = (0, 2, 4, 1, 6, 3, 5) if self.batch_size is None else (0, 2, 4, 3, 5, 1, 6)
-        kernel = kernel.unflatten(1, self.plan.grid).permute(order)
-        kernel = kernel.flatten(5).flatten(3, 4).flatten(1, 2)
+        kernel = rearrange(kernel.flatten(1), (*self.plan.grid, c_out, c_in, positions), order)
+        kernel = kernel.unflatten(1, (self.out_channels, *self._kernel_shape))
         return kernel if self.scale is None else kernel * self.scale.view(-1, 1, 1)
 
     def _from_bases(self, hidden: Tensor, norms: Tensor) -> Tensor:
@@ -127,7 +134,7 @@ class ExportConv(CellUser):
             shape, inverse = (*inputs, *positions), inverse.permute(0, 2, 3, 1)
         kernel = kernel.unflatten(1, (num_out_groups, c_out, *shape))
         kernel = kernel * inverse[:, :, None, :, None, :, None]
-        return kernel.flatten(5).flatten(3, 4).flatten(1, 2)
+        return kernel.flatten(1).unflatten(1, (self.out_channels, *self._kernel_shape))
 
     def extra_repr(self) -> str:
         return (f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, '

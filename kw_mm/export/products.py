@@ -7,6 +7,7 @@ padded input, and what remains is a batched matrix product, in any batch and ima
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -102,3 +103,30 @@ def _pad_dim(x: Tensor, dim: int, before: int, behind: int, mode: str) -> Tensor
         first = [start for start, _ in single[:before][::-1]]
         last = [end for _, end in single[:behind]]
     return torch.cat([*first, x, *last], dim) if first or last else x
+
+
+def rearrange(x: Tensor, sizes: Sequence[int], order: Sequence[int]) -> Tensor:
+    """Permutes dimensions as few as they can be, because runtimes are slow with many.
+
+    Args:
+        x: ``(N, product of sizes)``.
+        sizes: Into which the second dimension is divided.
+        order: Of the dimensions then, counted from 0 for N, which stays the first.
+
+    Returns:
+        As ``x``.
+    """
+    kept = [dim for dim in order[1:] if sizes[dim - 1] > 1]
+    # What stays side by side is one dimension.
+    runs: list[list[int]] = []
+    for dim in kept:
+        between = range(runs[-1][-1] + 1, dim) if runs else ()
+        if runs and dim > runs[-1][-1] and not any(sizes[i - 1] > 1 for i in between):
+            runs[-1].append(dim)
+        else:
+            runs.append([dim])
+    if len(runs) < 2:
+        return x
+    before = sorted(runs)
+    shape = [math.prod(sizes[dim - 1] for dim in run) for run in before]
+    return x.unflatten(1, shape).permute(0, *(before.index(run) + 1 for run in runs)).flatten(1)
