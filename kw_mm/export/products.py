@@ -6,9 +6,8 @@ padded input, and what remains is a batched matrix product, in any batch and ima
 """
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,18 +40,21 @@ def slice_conv(x: Tensor, kernel: Tensor, bias: Tensor | None, kernel_size: Sequ
 
 
 def _slices(x: Tensor, kernel_size: Sequence[int], stride: Sequence[int],
-            dilation: Sequence[int]) -> Any:
+            dilation: Sequence[int], dim: int = 2) -> Iterator[Tensor]:
     """What each of the kernel's positions sees, ``(N, C_in, *outputs)``.
 
-    The end of a slice is counted from the end of the map, because then it is a constant.
+    Dimension by dimension: each slice is a copy in a file, and those of one row of the kernel share
+    the first. The end of a slice is counted from the end of the map, because then it is a constant.
     """
-    for position in itertools.product(*map(range, kernel_size)):
-        steps: list[Any] = [slice(None), slice(None)]
-        for at, size, step, spacing in zip(position, kernel_size, stride, dilation):
-            behind = (size - 1 - at) * spacing
-            steps.append(slice(at * spacing, -behind if behind else None, step))
+    if not kernel_size:
         # Plain memory, because whether a slice can be flattened as it lies depends on its size.
-        yield x[tuple(steps)].clone(memory_format=torch.contiguous_format)
+        yield x.clone(memory_format=torch.contiguous_format)
+        return
+    for at in range(kernel_size[0]):
+        behind = (kernel_size[0] - 1 - at) * dilation[0]
+        part = x[(*(slice(None),) * dim,
+                  slice(at * dilation[0], -behind if behind else None, stride[0]))]
+        yield from _slices(part, kernel_size[1:], stride[1:], dilation[1:], dim + 1)
 
 
 def _product(seen: Sequence[Tensor], kernel: Tensor, groups: int) -> Tensor:
