@@ -183,7 +183,8 @@ class ModelFile:
     Raises:
         FileNotFoundError: If there is no such file.
         ImportError: If its runtime is missing.
-        ValueError: If its ending is none of ``SUFFIXES``, or the runtime does not read it.
+        ValueError: If its ending is none of ``SUFFIXES``, the runtime is none that reads such
+            files, or it cannot read this one.
     """
 
     def __init__(self, path: str | os.PathLike, threads: int | None = None,
@@ -201,7 +202,13 @@ class ModelFile:
                              f'got {runtime!r}')
         openers = dict(onnxruntime=self._open_onnx, openvino=self._open_openvino,
                        torch=self._open_export if suffix == '.pt2' else self._open_script)
-        text, self._call = openers[runtime](threads)
+        try:
+            text, self._call = openers[runtime](threads)
+        except ImportError:
+            raise
+        except Exception as error:  # each runtime has types of its own
+            raise ValueError(f'{str(path)!r} must be a file that {runtime} reads: '
+                             f'{error}') from error
         self.metadata: dict[str, Any] = json.loads(text or '{}')
 
     def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:

@@ -177,5 +177,10 @@ def test_what_is_no_file_of_a_model_is_told(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match='openvino is missing'):
         ModelFile(tmp_path / 'm.xml')
     (tmp_path / 'm.pt2').write_text('')
+    # Each runtime has an error of its own.
+    for name in ('m.pt2', 'n.onnx', 'n.torchscript'):
+        (tmp_path / name).write_text('nothing')
+        with pytest.raises(ValueError, match=f'{name}. must be a file that .* reads'):
+            ModelFile(tmp_path / name)
     with pytest.raises(ValueError, match='runtime must be torch for .* got .openvino.'):
         ModelFile(tmp_path / 'm.pt2', runtime='openvino')

@@ -75,7 +75,9 @@ def open_file(path: str, threads: int | None) -> Runner:
     need('openvino' if path.endswith('.xml') else 'onnxruntime')
     try:
         return Runner(path, threads)
-    except RuntimeError as error:
+    except ValueError:
+        raise
+    except Exception as error:  # each runtime has types of its own
         raise ValueError(f'{path!r} must be a file that can be read: {error}') from error
 
 
