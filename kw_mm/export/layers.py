@@ -27,6 +27,8 @@ class ExportConv(CellUser):
     transposed = False  # read by mmcv.cnn.ConvModule
     has_fixed_temperature = True  # read by set_temperature
 
+    in_channels: int
+    out_channels: int
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
@@ -107,8 +109,9 @@ class ExportConv(CellUser):
 
     @property
     def _kernel_shape(self) -> tuple[int, int]:
-        shape = math.prod(self.kernel_size), self.in_channels // self.groups
-        return shape if self.batch_size is None else shape[::-1]
+        """Of a kernel, behind its outputs: positions and inputs, in their order."""
+        positions, inputs = math.prod(self.kernel_size), self.in_channels // self.groups
+        return (positions, inputs) if self.batch_size is None else (inputs, positions)
 
     def _from_cells(self, alpha: Tensor) -> Tensor:
         cells = self.cells.flatten(3)
