@@ -6,8 +6,6 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from kw_mm.config_types import all_dicts
-
 ROOT = Path(__file__).parents[1] / 'configs'
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob('[!_]*/*.py'))
 
@@ -32,13 +30,3 @@ def by_model(names):
     for name in names:
         models.setdefault(re.sub(r'-\d+[xek]_', '_', name), []).append(name)
     return list(models.values())
-
-
-def without_downloads(model):
-    """A model's config without weights to download."""
-    for _, node in all_dicts(model):
-        if 'checkpoint' in str(node.get('init_cfg')):
-            node.init_cfg = None
-    if 'pretrained' in model:
-        model.pretrained = None
-    return model

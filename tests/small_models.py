@@ -1,20 +1,15 @@
 """Detectors and segmentors of the configs with small backbones, and scores that differ."""
 from __future__ import annotations
 
-import copy
-import logging
 from typing import Any
 
-import torch
-from config_files import read_config, without_downloads
+from config_files import read_config
 from mmengine.config import Config
-from mmengine.logging import MMLogger
-from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS, init_default_scope
-from optimised import perturb_norms_, randomise
 from torch import nn
 
 import kw_mm  # noqa: F401  (registers the backbones)
+from kw_mm.config_types import without_downloads_
+from kw_mm.models.random_weights import random_model
 
 DETECTORS = dict(
     faster_rcnn='faster_rcnn/faster-rcnn_kw1x-r50_fpn_ms-adamw-1x_coco.py',
@@ -37,7 +32,7 @@ CLASSES = 5
 def small_config(name: str) -> Config:
     """A config with a KW-ResNet18 of an eighth of its width, and five classes."""
     cfg = read_config({**DETECTORS, **SEGMENTORS}[name])
-    model = without_downloads(cfg.model)
+    model = without_downloads_(cfg.model)
     if name == 'swin':
         model.backbone.module.update(embed_dims=16, depths=(1, 2, 1, 1), num_heads=(2, 2, 2, 2))
         channels = [16, 32, 64, 128]
@@ -109,22 +104,6 @@ def _set_all(node: Any, key: str, value: Any) -> None:
 
 def build(cfg: Config, seed: int = 0) -> nn.Module:
     """The model of a config, with random weights under which it finds something."""
-    torch.manual_seed(seed)
-    init_default_scope(cfg.default_scope)
-    model: Any = revert_sync_batchnorm(MODELS.build(copy.deepcopy(cfg.model)))
-    # It says of each parameter how it came about.
-    MMLogger.get_current_instance().setLevel(logging.ERROR)
-    model.init_weights()
-    randomise(model.backbone)
-    perturb_norms_(model)
-    for name, layer in model.named_modules():
-        last = name.rpartition('.')[2]
-        if last in ('fc_cls', 'retina_cls', 'rpn_cls') or 'rtm_cls.' in name:
-            nn.init.normal_(layer.weight, std=2 / layer.weight[0].numel()**0.5)
-            nn.init.normal_(layer.bias, -2 if 'rtm' in name or 'retina' in name else 0, 0.5)
-        elif 'cls_branches' in name and isinstance(layer, nn.Linear):
-            nn.init.normal_(layer.weight, std=0.1)
-            nn.init.zeros_(layer.bias)
+    model: Any = random_model(cfg, seed)
     model.dataset_meta = dict(classes=tuple(f'class{i}' for i in range(CLASSES)))
-    model.eval()
     return model

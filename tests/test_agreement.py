@@ -11,7 +11,7 @@ import re
 
 import pytest
 import torch
-from config_files import CONFIGS, SEG_CONFIGS, read_config, without_downloads
+from config_files import CONFIGS, SEG_CONFIGS, read_config
 from mmdet.structures import DetDataSample
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DefaultScope
@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kw_mm import optimize_for_inference_
-from kw_mm.config_types import all_dicts
+from kw_mm.config_types import all_dicts, without_downloads_
 from kw_mm.ops import use_cpu_products
 
 BATCH = 4
@@ -44,7 +44,7 @@ MODELS = list({model_key(name): name for name in CONFIGS if '_kw' in name}.value
 
 def small(cfg):
     """The config of a model about 8 times narrower, without randomness and hard decisions."""
-    model = without_downloads(cfg.model)
+    model = without_downloads_(cfg.model)
     shrink_backbone(model.backbone)
     for _, node in all_dicts({key: value for key, value in model.items() if key != 'backbone'}):
         for key, value in node.items():

@@ -3,7 +3,7 @@ import re
 
 import pytest
 import torch
-from config_files import DET_CONFIGS, by_model, read_config, without_downloads
+from config_files import DET_CONFIGS, by_model, read_config
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
 from mmengine.model import revert_sync_batchnorm
@@ -12,7 +12,7 @@ from mmengine.optim.optimizer import amp_optimizer_wrapper
 from mmengine.registry import DefaultScope
 
 from kw_mm import KWConvNeXt, KWResNet
-from kw_mm.config_types import all_dicts
+from kw_mm.config_types import all_dicts, without_downloads_
 
 PAPER = [name for name in DET_CONFIGS if name.startswith('mask_rcnn') and '_ms-adamw-1x_' in name]
 
@@ -51,7 +51,7 @@ def test_a_training_step_and_a_prediction(name, monkeypatch):
     else:
         sizes = [[3, 128, 96], [3, 96, 128]]
     with DefaultScope.overwrite_default_scope('mmdet'):
-        model = revert_sync_batchnorm(MODELS.build(with_few_boxes(without_downloads(cfg.model))))
+        model = revert_sync_batchnorm(MODELS.build(with_few_boxes(without_downloads_(cfg.model))))
         model.init_weights()
         for module in model.modules():
             # DINO freezes norms. With initial zeros they would stop the gradients of a branch.

@@ -3,7 +3,7 @@ import copy
 
 import pytest
 import torch
-from config_files import SEG_CONFIGS, by_model, read_config, without_downloads
+from config_files import SEG_CONFIGS, by_model, read_config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
@@ -12,7 +12,7 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
 from kw_mm import KWConvNeXt, KWMobileNetV2, KWResNet
-from kw_mm.config_types import all_dicts
+from kw_mm.config_types import all_dicts, without_downloads_
 from kw_mm.datasets import draw_scene
 from kw_mm.datasets.annotations import semantic_map
 
@@ -70,7 +70,7 @@ def test_a_training_step_and_a_prediction(name):
         cfg.optim_wrapper.type = 'OptimWrapper'
         del cfg.optim_wrapper.loss_scale
     with DefaultScope.overwrite_default_scope('mmseg'):
-        model = revert_sync_batchnorm(MODELS.build(without_downloads(cfg.model)))
+        model = revert_sync_batchnorm(MODELS.build(without_downloads_(cfg.model)))
         model.init_weights()
         wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
         batch = samples(2, 64)

@@ -12,6 +12,7 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 from ..checkpoint import check_checkpoint
+from ..config_types import type_name, without_downloads_
 from ..export.files import check_path, write_model
 from ..layers.loading import strict_loading
 from ..models.static_weights import build_model
@@ -33,10 +34,7 @@ def load_model(cfg: Config, checkpoint: str) -> nn.Module:
     from mmengine.runner import load_checkpoint
     check_checkpoint(checkpoint)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    for key in ('pretrained', 'init_cfg'):
-        if key in cfg.model:
-            cfg.model[key] = None
-    model: Any = revert_sync_batchnorm(build_model(cfg.model))
+    model: Any = revert_sync_batchnorm(build_model(without_downloads_(cfg.model)))
     with strict_loading():
         loaded = load_checkpoint(model, checkpoint, map_location='cpu')
     meta = loaded.get('meta', {})
@@ -50,7 +48,7 @@ def load_model(cfg: Config, checkpoint: str) -> nn.Module:
 
 def export_model(model: Any, cfg: Config, path: str | os.PathLike, to: str, *,
                  weights: str = 'bases', memory_budget: int | None = None, part: str = 'whole',
-                 multiple: int = 32) -> ExportForm:
+                 multiple: int = 32, batch_size: int | None = None) -> ExportForm:
     """Writes a detector, a segmentor or a backbone to a file for another runtime.
 
     Args:
@@ -62,6 +60,7 @@ def export_model(model: Any, cfg: Config, path: str | os.PathLike, to: str, *,
         memory_budget: See there.
         part: ``'whole'`` or ``'backbone'``.
         multiple: What sizes of images are multiples of. Most necks need 32.
+        batch_size: The only one that the file takes, which makes it faster; None for any.
 
     Returns:
         What was exported, as a function of tensors in PyTorch.
@@ -72,10 +71,11 @@ def export_model(model: Any, cfg: Config, path: str | os.PathLike, to: str, *,
         ValueError: As ``export_form`` and ``write_model`` have it.
     """
     check_path(path, to)
-    form = export_form(model, weights, memory_budget, part)
+    form = export_form(model, weights, memory_budget, part, batch_size)
     metadata = describe(model, cfg, form, weights, multiple)
     write_model(form, path, to, form.example(), form.input_names, form.output_names, metadata,
-                multiple, operators.translations() if to in ('onnx', 'openvino') else None)
+                multiple, operators.translations() if to in ('onnx', 'openvino') else None,
+                batch_size is None)
     return form
 
 
@@ -89,10 +89,11 @@ def describe(model: Any, cfg: Config, form: ExportForm, weights: str,
         pad['divisor'] = max(pad['divisor'], multiple)
     backbone = cfg.model.get('backbone') or {}
     found: dict[str, Any] = dict(
-        kind=form.kind, model=cfg.model.type, backbone=backbone.get('type'),
+        kind=form.kind, model=type_name(cfg.model), backbone=type_name(backbone),
         kw_cfg=_plain(backbone.get('kw_cfg')), weights=weights,
         versions=dict(kw_mm=__version__, torch=torch.__version__),
         inputs=list(form.input_names), outputs=list(form.output_names), multiple=multiple,
+        batch_size=form.batch_size,
         input=preparation)
     if form.kind == 'backbone':
         return found

@@ -21,7 +21,7 @@ SEGMENTORS = ('EncoderDecoder',)
 
 
 def export_form(model: nn.Module, weights: str = 'bases', memory_budget: int | None = None,
-                part: str = 'whole') -> ExportForm:
+                part: str = 'whole', batch_size: int | None = None) -> ExportForm:
     """A copy of a detector or segmentor, or of its backbone, in the form in which it is exported.
 
     Args:
@@ -29,6 +29,7 @@ def export_form(model: nn.Module, weights: str = 'bases', memory_budget: int | N
         weights: See ``prepare_for_export_``, as ``memory_budget``.
         memory_budget: See there.
         part: ``'whole'`` or ``'backbone'``.
+        batch_size: The only one that the form is to take; None for any.
 
     Raises:
         ValueError: If the model is in training mode, a KW layer cannot be changed, or a detector,
@@ -53,11 +54,11 @@ def export_form(model: nn.Module, weights: str = 'bases', memory_budget: int | N
         for idle in ('auxiliary_head', 'dn_query_generator'):
             if getattr(model, idle, None) is not None:
                 setattr(model, idle, None)
-    prepare_for_export_(model, weights, memory_budget)
+    prepare_for_export_(model, weights, memory_budget, batch_size)
     model = revert_sync_batchnorm(model)
     twins.replace_(model)
     model.requires_grad_(False)
-    return form(model)
+    return form(model, batch_size)
 
 
 class ExportForm(nn.Module):
@@ -67,24 +68,26 @@ class ExportForm(nn.Module):
         input_names: Of its arguments.
         output_names: Of what it returns.
         kind: ``'backbone'``, ``'detector'`` or ``'segmentor'``.
+        batch_size: The only one it takes; None for any.
     """
 
     kind = ''
     input_names: tuple[str, ...] = ('images',)
     output_names: tuple[str, ...]
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, batch_size: int | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.batch_size = model, batch_size
         # Some of OpenMMLab's train() return nothing, so that this is not chained.
         self.training = False
 
-    def example(self, height: int = 320, width: int = 448, batch: int = 2) -> tuple[Tensor, ...]:
+    def example(self, height: int = 320, width: int = 448) -> tuple[Tensor, ...]:
         """Arguments to record the function with, of any content.
 
         So large that no level of a feature pyramid, at a 128th of the image, has a size of 1, which
         torch would take for a constant.
         """
+        batch = self.batch_size or 2
         images = torch.zeros(batch, 3, height, width)
         if len(self.input_names) == 1:
             return (images,)
@@ -96,10 +99,10 @@ class Backbone(ExportForm):
 
     kind = 'backbone'
 
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
+    def __init__(self, model: Any, batch_size: int | None = None) -> None:
+        super().__init__(model, batch_size)
         with torch.no_grad():
-            levels = model(torch.zeros(1, 3, 64, 64))
+            levels = model(torch.zeros(batch_size or 1, 3, 64, 64))
         self.output_names = tuple(f'level{i}' for i in range(len(levels)))
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -131,8 +134,8 @@ class Detector(ExportForm):
     kind = 'detector'
     input_names = ('images', 'sizes')
 
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
+    def __init__(self, model: Any, batch_size: int | None = None) -> None:
+        super().__init__(model, batch_size)
         self.masks = ''
         name = type(model).__name__
         if name in ('FasterRCNN', 'MaskRCNN', 'CascadeRCNN') and model.roi_head.with_mask:

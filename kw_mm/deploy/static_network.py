@@ -10,7 +10,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.dataset import Compose
 from torch import nn
 
-from ..config_types import all_dicts, innermost_dataset, type_name
+from ..config_types import all_dicts, innermost_dataset, type_name, without_downloads_
 from ..convert.keys import rename_keys
 from ..engine.inference import scope_of
 from ..export import StaticReport, to_static_
@@ -64,7 +64,7 @@ def make_static(model: Any, cfg: Config, images: Sequence[str] = ()) -> Static:
                    if key.partition('.')[0] == name}
             own = rename_keys(own, tables.get(name, {}))
             state.update({f'{name}.{key}'.rstrip('.'): value for key, value in own.items()})
-        built = build_model(_without_downloads(copy.deepcopy(static.model)), cfg.default_scope)
+        built = build_model(without_downloads_(copy.deepcopy(static.model)), cfg.default_scope)
     fitted = built.load_state_dict(state, strict=False)
     missing = [key for key in fitted.missing_keys if not key.endswith('num_batches_tracked')]
     if missing or fitted.unexpected_keys:
@@ -147,14 +147,6 @@ def _forget_us_(cfg: Config) -> None:
                                          if name != 'kw_mm']
         if not cfg.custom_imports['imports']:
             cfg.pop('custom_imports')
-
-
-def _without_downloads(cfg: Any) -> Any:
-    for _, node in all_dicts(cfg):
-        for key in ('init_cfg', 'pretrained'):
-            if key in node:
-                node[key] = None
-    return cfg
 
 
 def _batches(cfg: Config, images: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -60,6 +60,14 @@ def config_path(path: str) -> str:
     return path
 
 
+def image_size(text: str) -> tuple[int, int]:
+    """For argparse: height and width, written as ``800x1344``."""
+    height, _, width = text.partition('x')
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise argparse.ArgumentTypeError(f'a size must be HEIGHTxWIDTH, as 800x1344, got {text!r}')
+    return int(height), int(width)
+
+
 def read_config(path: str, changes: Mapping[str, Any] | None = None) -> Config:
     """Reads a config and changes settings, by dotted names, as ``--cfg-options`` gives them."""
     cfg = Config.fromfile(path)

@@ -22,6 +22,9 @@ METADATA = 'kw_mm'
 MAX_BATCH, MIN_SIZE, MAX_SIZE = 1024, 32, 1 << 15
 
 SUFFIXES = dict(onnx='.onnx', openvino='.xml', torch_export='.pt2', torchscript='.torchscript')
+# What reads them, the usual one first.
+RUNTIMES = {'.onnx': ('onnxruntime', 'openvino'), '.xml': ('openvino',), '.pt2': ('torch',),
+            '.torchscript': ('torch',)}
 PACKAGES = dict(onnx=('onnx', 'onnxscript'), openvino=('onnx', 'onnxscript', 'openvino'),
                 torch_export=(), torchscript=())
 
@@ -29,8 +32,9 @@ PACKAGES = dict(onnx=('onnx', 'onnxscript'), openvino=('onnx', 'onnxscript', 'op
 def write_model(model: nn.Module, path: str | os.PathLike, to: str, example: tuple[Tensor, ...],
                 input_names: Sequence[str], output_names: Sequence[str],
                 metadata: Mapping[str, Any] | None = None, multiple: int = 32,
-                translations: Mapping[Any, Callable] | None = None) -> None:
-    """Writes a model to a file that takes any batch size and any image size.
+                translations: Mapping[Any, Callable] | None = None,
+                any_batch: bool = True) -> None:
+    """Writes a model to a file that takes any image size, and usually any batch size.
 
     Args:
         model: In the form for export (``prepare_for_export_``), on the CPU; returns a tensor or a
@@ -38,14 +42,16 @@ def write_model(model: nn.Module, path: str | os.PathLike, to: str, example: tup
         path: Of the file, which ends as ``SUFFIXES`` says. One that is there is replaced.
         to: ``'onnx'``, ``'openvino'``, ``'torch_export'`` or ``'torchscript'``.
         example: Arguments to record the model with: the first one images ``(N, C, *spatial)``, all
-            with the batch in front. N is at least 2, each size at least twice ``multiple``, and no
-            two sizes are the same, because torch takes ones, and what is equal, for constants.
+            with the batch in front. N is at least 2 (unless it is to be the only one), each size
+            at least twice ``multiple``, and no two sizes are the same, because torch takes ones,
+            and what is equal, for constants.
         input_names: Of the arguments.
         output_names: Of what the model returns.
         metadata: What the file is to say about itself, plain values.
         multiple: What every spatial size is a multiple of. A file for any size, with 1, takes much
             longer to write, for then rounded sizes have to be proved to fit.
         translations: How operators of one's own are written in ONNX.
+        any_batch: Whether the file takes any batch size; if not, that of the example alone.
 
     Raises:
         ImportError: If a package for the format is missing.
@@ -65,7 +71,7 @@ def write_model(model: nn.Module, path: str | os.PathLike, to: str, example: tup
             traced = torch.jit.trace(model, example, check_trace=False)
             torch.jit.save(traced, made, _extra_files={METADATA: text})
         else:
-            program = record(model, example, multiple)
+            program = record(model, example, multiple, any_batch)
             if to == 'torch_export':
                 torch.export.save(program, made, extra_files={METADATA: text})
             else:
@@ -79,19 +85,20 @@ def write_model(model: nn.Module, path: str | os.PathLike, to: str, example: tup
             shutil.move(part, path.with_name(part.name))
 
 
-def record(model: nn.Module, example: tuple[Tensor, ...], multiple: int = 32) -> Any:
-    """The program of a model for any batch and image size; see ``write_model``.
+def record(model: nn.Module, example: tuple[Tensor, ...], multiple: int = 32,
+           any_batch: bool = True) -> Any:
+    """The program of a model for any image size; see ``write_model``.
 
     Raises:
         ValueError: If part of the model computes something from the example's sizes.
     """
-    batch = torch.export.Dim('batch', min=1, max=MAX_BATCH)
+    batch = {0: torch.export.Dim('batch', min=1, max=MAX_BATCH)} if any_batch else {}
     spatial = {}
     for dim in range(2, example[0].dim()):
         size = torch.export.Dim(f'size{dim}', min=-(-MIN_SIZE // multiple),
                                 max=MAX_SIZE // multiple)
         spatial[dim] = size if multiple == 1 else multiple * size
-    shapes = ({0: batch, **spatial}, *({0: batch} for _ in example[1:]))
+    shapes = ({**batch, **spatial}, *(batch for _ in example[1:]))
     try:
         return torch.export.export(model, example, dynamic_shapes=shapes, strict=False)
     except (torch._dynamo.exc.UserError, RuntimeError, ValueError) as error:
@@ -116,7 +123,11 @@ def check_path(path: str | os.PathLike, to: str) -> Path:
         raise ValueError(f'the path of an {to} file must end in {SUFFIXES[to]}, got {str(path)!r}')
     if file.is_dir():
         raise IsADirectoryError(f'{str(path)!r} must be a file to write, it is a folder')
-    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(f'{str(path)!r} cannot be written: its folder cannot be made '
+                          f'({error.strerror})') from error
     if not os.access(file.parent, os.W_OK):
         raise PermissionError(f'{str(path)!r} cannot be written: its folder is read-only')
     return file
@@ -158,11 +169,13 @@ def _write_openvino(onnx: Path, path: Path, text: str) -> None:
 
 
 class ModelFile:
-    """A file of a model, ready to run on the CPU with the runtime that its ending asks for.
+    """A file of a model, ready to run on the CPU.
 
     Args:
         path: Of the file.
         threads: How many to use; None for the runtime's choice.
+        runtime: One of ``RUNTIMES``; None for the one that the path's ending asks for. OpenVINO
+            reads ONNX files as well.
 
     Attributes:
         metadata: What the file says about itself.
@@ -170,19 +183,32 @@ class ModelFile:
     Raises:
         FileNotFoundError: If there is no such file.
         ImportError: If its runtime is missing.
-        ValueError: If its ending is none of ``SUFFIXES``.
+        ValueError: If its ending is none of ``SUFFIXES``, the runtime is none that reads such
+            files, or it cannot read this one.
     """
 
-    def __init__(self, path: str | os.PathLike, threads: int | None = None) -> None:
+    def __init__(self, path: str | os.PathLike, threads: int | None = None,
+                 runtime: str | None = None) -> None:
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f'file {str(path)!r} does not exist')
-        openers = {'.onnx': self._open_onnx, '.xml': self._open_openvino,
-                   '.pt2': self._open_export, '.torchscript': self._open_script}
-        if self.path.suffix not in openers:
-            raise ValueError(f'the file of a model must end in {" or ".join(openers)}, got '
+        suffix = self.path.suffix
+        if suffix not in RUNTIMES:
+            raise ValueError(f'the file of a model must end in {" or ".join(RUNTIMES)}, got '
                              f'{str(path)!r}')
-        text, self._call = openers[self.path.suffix](threads)
+        runtime = runtime or RUNTIMES[suffix][0]
+        if runtime not in RUNTIMES[suffix]:
+            raise ValueError(f'runtime must be {" or ".join(RUNTIMES[suffix])} for {str(path)!r}, '
+                             f'got {runtime!r}')
+        openers = dict(onnxruntime=self._open_onnx, openvino=self._open_openvino,
+                       torch=self._open_export if suffix == '.pt2' else self._open_script)
+        try:
+            text, self._call = openers[runtime](threads)
+        except ImportError:
+            raise
+        except Exception as error:  # each runtime has types of its own
+            raise ValueError(f'{str(path)!r} must be a file that {runtime} reads: '
+                             f'{error}') from error
         self.metadata: dict[str, Any] = json.loads(text or '{}')
 
     def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:
@@ -204,7 +230,10 @@ class ModelFile:
         openvino = need('openvino')
         core = openvino.Core()
         model = core.read_model(str(self.path))
-        text = model.get_rt_info([METADATA]).astype(str) if model.has_rt_info([METADATA]) else ''
+        # The properties of an ONNX file are kept one level below.
+        places = [place for place in ([METADATA], ['framework', METADATA])
+                  if model.has_rt_info(place)]
+        text = model.get_rt_info(places[0]).astype(str) if places else ''
         # Half precision, which newer CPUs would be given, is not what is compared here.
         settings: dict[str, Any] = dict(INFERENCE_PRECISION_HINT='f32')
         if threads:

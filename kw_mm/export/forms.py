@@ -18,12 +18,14 @@ WEIGHTS = ('bases', 'cells')
 
 @torch.no_grad()
 def prepare_for_export_(module: nn.Module, weights: str = 'bases',
-                        memory_budget: int | None = None) -> OptimizationReport | None:
+                        memory_budget: int | None = None,
+                        batch_size: int | None = None) -> OptimizationReport | None:
     """Gives a module the form in which exporters take it, in place; outputs stay what they were.
 
     Batch norms are folded away as ``optimize_for_inference_`` does. Then each KW layer is made of
     matrix products, slices and sums alone, with any batch size of at least 1 and any image size.
-    Neither custom operators nor convolutions whose groups depend on the batch are left.
+    Neither custom operators nor convolutions whose groups depend on the batch are left. For a
+    single batch size each layer is one convolution with a computed kernel, which is faster.
 
     The module cannot be trained any more, and is slower in PyTorch than the optimised one: prepare
     a copy (``copy.deepcopy``) to keep the original.
@@ -35,20 +37,24 @@ def prepare_for_export_(module: nn.Module, weights: str = 'bases',
             attentions. ``'bases'`` is fast for small images and large budgets: kernels that are
             mixed without cells, wherever that pays (``optimize_for_inference_``).
         memory_budget: Bytes that all bases together may take; see there. Only with ``'bases'``.
+        batch_size: The only one that convolutions are to take, at least 1; None for any.
 
     Returns:
         What was optimised; prints as a table. None if the module has no KW layer.
 
     Raises:
         TypeError: If ``module`` is no ``nn.Module``.
-        ValueError: If it is in training mode or itself a KW layer, ``weights`` is neither, there
-            is a ``memory_budget`` for cells, or a KW layer cannot be changed: it has forward hooks,
-            an attention that was pruned, quantized or wrapped, or is held beside the module tree.
+        ValueError: If it is in training mode or itself a KW layer, ``weights`` is neither,
+            ``batch_size`` is below 1, there is a ``memory_budget`` for cells, or a KW layer cannot
+            be changed: it has forward hooks, an attention that was pruned, quantized or wrapped, or
+            is held beside the module tree.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f'module must be an nn.Module, got {module!r}')
     if weights not in WEIGHTS:
         raise ValueError(f'weights must be one of {WEIGHTS}, got {weights!r}')
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f'batch_size must be None or an integer of at least 1, got {batch_size!r}')
     if weights == 'cells' and memory_budget is not None:
         raise ValueError("memory_budget must be None with weights='cells', which need none, "
                          f'got {memory_budget!r}')
@@ -69,14 +75,17 @@ def prepare_for_export_(module: nn.Module, weights: str = 'bases',
                          'was built and be held by the module tree alone, but '
                          f'{_some(fixed)} cannot be changed for export')
     report = optimize_for_inference_(module, 0 if weights == 'cells' else memory_budget)
+    # Linear layers are matrix products, whatever the batch size.
+    linears: dict[nn.Module, Any] = {layer.conv: layer for layer in module.modules()
+                                     if isinstance(layer, KWLinear)}
     replacements: dict[nn.Module, nn.Module] = {}
     for layer in module.modules():
         if isinstance(layer, OptimizedConv):
-            replacements[layer] = ExportConv(layer)
-    for layer in module.modules():
-        inner: Any = layer
-        if isinstance(layer, KWLinear):
-            replacements[layer] = ExportLinear(replacements[inner.conv])  # type: ignore[arg-type]
+            is_inside = layer in linears
+            made = ExportConv(layer, None if is_inside else batch_size)
+            replacements[layer] = made
+            if is_inside:
+                replacements[linears[layer]] = ExportLinear(made)
     swap_(module, replacements)
     for layer in replacements.values():
         if isinstance(layer, ExportConv) and layer.bases is None:

@@ -1,15 +1,17 @@
-"""KW layers as other runtimes get them: matrix products, slices and sums, nothing else."""
+"""KW layers as other runtimes get them, of operations that all of these have."""
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..inference import OptimizedConv
 from ..inference.layers import OptimizedAttention
 from ..layers.warehouse import CellUser
 from ..ops import logit_norms
-from .products import pad, slice_conv
+from .products import pad, rearrange, slice_conv
 
 
 class ExportConv(CellUser):
@@ -18,11 +20,15 @@ class ExportConv(CellUser):
     Args:
         conv: The layer as inference has it, norms folded, with or without bases. Its cells stay
             its manager's, so that a file has them once.
+        batch_size: The only one that the layer is to take, for which it is one convolution. With
+            None it takes any, and is made of slices and matrix products.
     """
 
     transposed = False  # read by mmcv.cnn.ConvModule
     has_fixed_temperature = True  # read by set_temperature
 
+    in_channels: int
+    out_channels: int
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
@@ -33,8 +39,9 @@ class ExportConv(CellUser):
     bias: Tensor | None
     scale: Tensor | None
 
-    def __init__(self, conv: OptimizedConv) -> None:
+    def __init__(self, conv: OptimizedConv, batch_size: int | None = None) -> None:
         super().__init__()
+        self.batch_size = batch_size
         other: Any = conv
         for name in ('num_dims', 'in_channels', 'out_channels', 'kernel_size', 'stride', 'padding',
                      'dilation', 'groups', 'padding_mode', 'pad_input', 'output_padding', 'plan'):
@@ -46,37 +53,74 @@ class ExportConv(CellUser):
         self.attention = ExportAttention(conv.attention)
         self.register_buffer('scale', conv.scale)
         self.register_buffer('bias', conv.bias)
-        # From blocks (B, hidden + 1, width), whose product with the hidden vector would have to be
-        # put into order for each image.
-        self.register_buffer('bases', None if conv.bases is None else
-                             conv.bases.transpose(0, 1).flatten(1).contiguous().to(
-                                 conv.attention.weight.dtype))
+        self.register_buffer('bases', None if conv.bases is None else self._order_bases(
+            conv.bases.to(conv.attention.weight.dtype)))
         self.requires_grad_(False)
         self.eval()
+
+    def _order_bases(self, blocks: Tensor) -> Tensor:
+        """Bases ``(hidden + 1, kernel)`` whose mixture is in the order of the convolution."""
+        bases = blocks.transpose(0, 1).flatten(1)
+        if self.batch_size is not None:
+            num_positions, num_out_groups, num_in_groups = self.plan.grid
+            c_out, c_in, *_ = self.plan.cell_shape
+            bases = bases.unflatten(1, (num_out_groups * c_out, -1, num_in_groups * c_in))
+            bases = bases.transpose(2, 3).flatten(1)
+        return bases.contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolves ``(N, C_in, *spatial)``, each sample with its own kernel; N is at least 1."""
         kernel = self.kernel(x)
         if self.pad_input is not None:
             x = self.pad_input(x)
+        if self.batch_size is not None:
+            return self._grouped(x, kernel)
         x = pad(x, self.pads, self.padding_mode)
         return slice_conv(x, kernel, self.bias, self.kernel_size, self.stride, self.dilation,
                           self.groups)
 
+    def _grouped(self, x: Tensor, kernel: Tensor) -> Tensor:
+        """One convolution whose groups are those of all samples."""
+        batch_size = len(kernel)
+        padding: Any = 0
+        if self.padding_mode == 'zeros' and all(a == b for a, b in self.pads):
+            padding = [a for a, _ in self.pads]
+        else:
+            x = pad(x, self.pads, self.padding_mode)
+        convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel_size) - 1]
+        kernel = kernel.flatten(0, 1).unflatten(2, self.kernel_size)
+        options = self.stride, padding, self.dilation, batch_size * self.groups
+        if batch_size == 1:
+            # With nothing in between, runtimes compute the activation behind it along the way.
+            return convolve(x, kernel, self.bias, *options)
+        bias = None if self.bias is None else self.bias.repeat(batch_size)
+        y = convolve(x.flatten(0, 1).unsqueeze(0), kernel, bias, *options)
+        return y.unflatten(1, (batch_size, -1)).squeeze(0)
+
     def kernel(self, x: Tensor) -> Tensor:
-        """The kernels for an input: ``(N, C_out, positions, C_in / groups)``."""
+        """The kernels for an input: ``(N, C_out, positions, C_in / groups)``.
+
+        With a fixed batch size positions come last, as a convolution has them.
+        """
         if self.bases is None:
             return self._from_cells(self.attention(x))
         hidden = self.attention.hidden(x)
         return self._from_bases(hidden, logit_norms(self.attention.logits(hidden)))
 
+    @property
+    def _kernel_shape(self) -> tuple[int, int]:
+        """Of a kernel, behind its outputs: positions and inputs, in their order."""
+        positions, inputs = math.prod(self.kernel_size), self.in_channels // self.groups
+        return (positions, inputs) if self.batch_size is None else (inputs, positions)
+
     def _from_cells(self, alpha: Tensor) -> Tensor:
         cells = self.cells.flatten(3)
         c_out, c_in, positions = cells.shape[1:]
-        kernel = (alpha @ cells.flatten(1)).unflatten(2, (c_out, c_in, positions))
-        # (N, S, OG, IG, c_out, c_in, positions of a cell)
-        kernel = kernel.unflatten(1, self.plan.grid).permute(0, 2, 4, 1, 6, 3, 5)
-        kernel = kernel.flatten(5).flatten(3, 4).flatten(1, 2)
+        kernel = alpha @ cells.flatten(1)
+        # From (N, S, OG, IG, c_out, c_in, positions of a cell).
+        order = (0, 2, 4, 1, 6, 3, 5) if self.batch_size is None else (0, 2, 4, 3, 5, 1, 6)
+        kernel = rearrange(kernel.flatten(1), (*self.plan.grid, c_out, c_in, positions), order)
+        kernel = kernel.unflatten(1, (self.out_channels, *self._kernel_shape))
         return kernel if self.scale is None else kernel * self.scale.view(-1, 1, 1)
 
     def _from_bases(self, hidden: Tensor, norms: Tensor) -> Tensor:
@@ -85,11 +129,15 @@ class ExportConv(CellUser):
         c_out, c_in, *cell_kernel = self.plan.cell_shape
         # The last basis has the weight 1.
         kernel = hidden @ self.bases[:-1] + self.bases[-1]
-        kernel = kernel.unflatten(1, (num_out_groups, c_out, num_positions, -1, num_in_groups,
-                                      c_in))
-        inverse = (1 / norms).unflatten(1, self.plan.grid).permute(0, 2, 1, 3)
+        positions, inputs = (num_positions, -1), (num_in_groups, c_in)
+        inverse = (1 / norms).unflatten(1, self.plan.grid)
+        if self.batch_size is None:
+            shape, inverse = (*positions, *inputs), inverse.permute(0, 2, 1, 3)
+        else:
+            shape, inverse = (*inputs, *positions), inverse.permute(0, 2, 3, 1)
+        kernel = kernel.unflatten(1, (num_out_groups, c_out, *shape))
         kernel = kernel * inverse[:, :, None, :, None, :, None]
-        return kernel.flatten(5).flatten(3, 4).flatten(1, 2)
+        return kernel.flatten(1).unflatten(1, (self.out_channels, *self._kernel_shape))
 
     def extra_repr(self) -> str:
         return (f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, '

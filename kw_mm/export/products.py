@@ -6,8 +6,8 @@ padded input, and what remains is a batched matrix product, in any batch and ima
 """
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -40,18 +40,21 @@ def slice_conv(x: Tensor, kernel: Tensor, bias: Tensor | None, kernel_size: Sequ
 
 
 def _slices(x: Tensor, kernel_size: Sequence[int], stride: Sequence[int],
-            dilation: Sequence[int]) -> Any:
+            dilation: Sequence[int], dim: int = 2) -> Iterator[Tensor]:
     """What each of the kernel's positions sees, ``(N, C_in, *outputs)``.
 
-    The end of a slice is counted from the end of the map, because then it is a constant.
+    Dimension by dimension: each slice is a copy in a file, and those of one row of the kernel share
+    the first. The end of a slice is counted from the end of the map, because then it is a constant.
     """
-    for position in itertools.product(*map(range, kernel_size)):
-        steps: list[Any] = [slice(None), slice(None)]
-        for at, size, step, spacing in zip(position, kernel_size, stride, dilation):
-            behind = (size - 1 - at) * spacing
-            steps.append(slice(at * spacing, -behind if behind else None, step))
+    if not kernel_size:
         # Plain memory, because whether a slice can be flattened as it lies depends on its size.
-        yield x[tuple(steps)].clone(memory_format=torch.contiguous_format)
+        yield x.clone(memory_format=torch.contiguous_format)
+        return
+    for at in range(kernel_size[0]):
+        behind = (kernel_size[0] - 1 - at) * dilation[0]
+        part = x[(*(slice(None),) * dim,
+                  slice(at * dilation[0], -behind if behind else None, stride[0]))]
+        yield from _slices(part, kernel_size[1:], stride[1:], dilation[1:], dim + 1)
 
 
 def _product(seen: Sequence[Tensor], kernel: Tensor, groups: int) -> Tensor:
@@ -102,3 +105,30 @@ def _pad_dim(x: Tensor, dim: int, before: int, behind: int, mode: str) -> Tensor
         first = [start for start, _ in single[:before][::-1]]
         last = [end for _, end in single[:behind]]
     return torch.cat([*first, x, *last], dim) if first or last else x
+
+
+def rearrange(x: Tensor, sizes: Sequence[int], order: Sequence[int]) -> Tensor:
+    """Permutes dimensions as few as they can be, because runtimes are slow with many.
+
+    Args:
+        x: ``(N, product of sizes)``.
+        sizes: Into which the second dimension is divided.
+        order: Of the dimensions then, counted from 0 for N, which stays the first.
+
+    Returns:
+        As ``x``.
+    """
+    kept = [dim for dim in order[1:] if sizes[dim - 1] > 1]
+    # What stays side by side is one dimension.
+    runs: list[list[int]] = []
+    for dim in kept:
+        between = range(runs[-1][-1] + 1, dim) if runs else ()
+        if runs and dim > runs[-1][-1] and not any(sizes[i - 1] > 1 for i in between):
+            runs[-1].append(dim)
+        else:
+            runs.append([dim])
+    if len(runs) < 2:
+        return x
+    before = sorted(runs)
+    shape = [math.prod(sizes[dim - 1] for dim in run) for run in before]
+    return x.unflatten(1, shape).permute(0, *(before.index(run) + 1 for run in runs)).flatten(1)

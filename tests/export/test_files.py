@@ -22,19 +22,21 @@ CASES = ((1, 64, 96), (2, 96, 32), (5, 64, 64))
 NAMES = [name for name in MODELS if name not in ('cells', 'bases')]
 
 
-def write(tmp_path, model, to, weights='cells', multiple=32, dims=2, channels=3, outputs=None):
+def write(tmp_path, model, to, weights='cells', multiple=32, dims=2, channels=3, outputs=None,
+          batch_size=None):
     twin = copy.deepcopy(model)
     with bases_everywhere():
-        prepare_for_export_(twin, weights)
-    example = torch.zeros(2, channels, *(64, 96, 128)[:dims])
+        prepare_for_export_(twin, weights, batch_size=batch_size)
+    example = torch.zeros(batch_size or 2, channels, *(64, 96, 128)[:dims])
     names = [f'level{i}' for i in range(outputs or 1)]
     path = tmp_path / f'model{SUFFIXES[to]}'
-    write_model(twin, path, to, (example,), ['images'], names, dict(about='a test'), multiple)
+    write_model(twin, path, to, (example,), ['images'], names, dict(about='a test'), multiple,
+                any_batch=batch_size is None)
     return path
 
 
-def check(path, model, cases):
-    run = ModelFile(path, 1)
+def check(path, model, cases, runtime=None):
+    run = ModelFile(path, 1, runtime)
     assert run.metadata == dict(about='a test')
     for shape in cases:
         x = torch.randn(shape)
@@ -69,6 +71,20 @@ def test_onnx_of_layers(tmp_path, kwargs):
     path = write(tmp_path, model, 'onnx', dims=dims, channels=4)
     check(path, model, [(batch, 4, *(32, 64, 32)[:dims]) for batch in (1, 3)])
     assert not find_violations(onnx.load(path))
+
+
+@pytest.mark.parametrize('batch_size', [1, 3])
+def test_a_single_batch_size(tmp_path, batch_size):
+    # One convolution with a computed kernel for each layer: its shape must be known in the file.
+    model = randomise(nn.Sequential(
+        KWConv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), KWConv2d(8, 8, 3, groups=2),
+        KWConv2d(8, 4, 1)))
+    path = write(tmp_path, model, 'onnx', 'bases', batch_size=batch_size)
+    proto = onnx.load(path)
+    assert sum(node.op_type == 'Conv' for node in proto.graph.node) == 3
+    assert not find_violations(proto)
+    for runtime in ('onnxruntime', 'openvino'):
+        check(path, model, [(batch_size, 3, 64, 96), (batch_size, 3, 32, 32)], runtime)
 
 
 def test_any_size(tmp_path):
@@ -139,6 +155,9 @@ def test_what_cannot_be_written_is_told(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='cannot be recorded for other batch and image sizes'):
         write_model(Fixed(), tmp_path / 'm.pt2', 'torch_export', *arguments)
     assert [path.name for path in tmp_path.iterdir()] == ['m.onnx']
+    (tmp_path / 'file').touch()
+    with pytest.raises(OSError, match='file/m.onnx. cannot be written: its folder cannot be made'):
+        write_model(model, tmp_path / 'file/m.onnx', 'onnx', *arguments)
     monkeypatch.setattr('kw_mm.export.files.os.access', lambda *_: False)
     with pytest.raises(PermissionError, match='its folder is read-only'):
         write_model(model, tmp_path / 'n.onnx', 'onnx', *arguments)
@@ -157,3 +176,11 @@ def test_what_is_no_file_of_a_model_is_told(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'openvino', None)
     with pytest.raises(ImportError, match='openvino is missing'):
         ModelFile(tmp_path / 'm.xml')
+    (tmp_path / 'm.pt2').write_text('')
+    # Each runtime has an error of its own.
+    for name in ('m.pt2', 'n.onnx', 'n.torchscript'):
+        (tmp_path / name).write_text('nothing')
+        with pytest.raises(ValueError, match=f'{name}. must be a file that .* reads'):
+            ModelFile(tmp_path / name)
+    with pytest.raises(ValueError, match='runtime must be torch for .* got .openvino.'):
+        ModelFile(tmp_path / 'm.pt2', runtime='openvino')

@@ -25,10 +25,10 @@ NONLOCAL = dict(cell_num_ratio=0.5, cell_inplane_ratio=0.5, cell_outplane_ratio=
                 nonlocal_basis_ratio=0.5)
 
 
-def exported(model, weights):
+def exported(model, weights, batch_size=None):
     twin = copy.deepcopy(model)
     with bases_everywhere():
-        report = prepare_for_export_(twin, weights)
+        report = prepare_for_export_(twin, weights, batch_size=batch_size)
     assert bool(report.num_bytes) == (weights == 'bases')
     assert not any(isinstance(m, (*CONVS, KWLinear, OptimizedConv)) for m in twin.modules())
     return twin
@@ -46,10 +46,11 @@ def exported(model, weights):
 def test_layers(dims, kwargs, weights):
     norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1]
     model = randomise(nn.Sequential(CONVS[dims - 1](4, 8, 3, **kwargs), norm(8))).double()
-    twin = exported(model, weights)
+    any_batch = exported(model, weights)
     for batch in (1, 3):
         x = torch.randn(batch, 4, *(7, 8, 9)[:dims]).double()
-        assert error(outputs(twin, x), outputs(model, x)) < 1e-10
+        for twin in (any_batch, exported(model, weights, batch)):
+            assert error(outputs(twin, x), outputs(model, x)) < 1e-10
 
 
 @pytest.mark.parametrize('weights', ['cells', 'bases'])
@@ -67,10 +68,11 @@ def test_linear_layers(weights):
 @pytest.mark.parametrize('name', [name for name in MODELS if name not in ('cells', 'bases')])
 def test_networks(name, weights):
     model = randomise(MODELS[name]()).double()
-    twin = exported(model, weights)
+    any_batch = exported(model, weights)
     for size in ((1, 3, 64, 48), (3, 3, 40, 56)):
         x = torch.randn(size).double()
-        assert error(outputs(twin, x), outputs(model, x)) < 1e-10
+        for twin in (any_batch, exported(model, weights, size[0])):
+            assert error(outputs(twin, x), outputs(model, x)) < 1e-10
 
 
 def test_shared_cells_stay_one_tensor():
@@ -118,6 +120,8 @@ def test_what_cannot_be_exported_is_told_and_nothing_changed():
     model.eval()
     with pytest.raises(ValueError, match='weights must be one of'):
         prepare_for_export_(model, 'kernels')
+    with pytest.raises(ValueError, match='batch_size must be None or an integer of at least 1'):
+        prepare_for_export_(model, batch_size=0)
     with pytest.raises(ValueError, match='memory_budget must be None'):
         prepare_for_export_(model, 'cells', 1)
     with pytest.raises(ValueError, match='put it into an nn.Sequential'):

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kw_mm.export.products import pad, slice_conv
+from kw_mm.export.products import pad, rearrange, slice_conv
 from kw_mm.ops import reference
 
 
@@ -37,3 +37,12 @@ def test_padding(dims, mode, name):
     for pads in ([(0, 0)] * dims, [(2, 2)] * dims, [(1, 2), (0, 3), (2, 0)][:dims]):
         sides = [side for pair in reversed(pads) for side in pair]
         torch.testing.assert_close(pad(x, pads, mode), F.pad(x, sides, name), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('sizes', [
+    (2, 3, 4, 5), (1, 3, 1, 5), (2, 1, 1, 5), (1, 1, 1, 5), (2, 3, 1, 1)])
+def test_permutations(sizes):
+    x = torch.randn(2, *sizes)
+    for order in itertools.permutations(range(1, 5)):
+        found = rearrange(x.flatten(1), sizes, (0, *order))
+        assert torch.equal(found, x.permute(0, *order).flatten(1))

@@ -16,7 +16,8 @@ from torch import nn
 
 from kw_mm.datasets import write_shapes
 from kw_mm.deploy import compare, export_model, load_model
-from kw_mm.deploy.comparison import match_objects
+from kw_mm.deploy.objects import Objects, match_objects
+from kw_mm.export import ModelFile
 
 ROOT = Path(__file__).parents[2]
 SEGMENTOR = ROOT / 'configs/demo/fpn_kw1x-r18_shapes.py'
@@ -85,11 +86,17 @@ def test_segmentor(tmp_path, capsys):
     assert "type='ResNet'" in made and 'KW' not in made and 'kw_mm' not in made
     tool('tools/deployment/runner.py').main([str(out), str(image)])
     assert '%' in capsys.readouterr().out
+    broken = tmp_path / 'broken.onnx'
+    broken.write_bytes(out.read_bytes()[:1000])
     for argv, message in [
             ([str(DETECTOR), str(out)], 'must be the file of a detector'),
             ([str(config), str(tmp_path / 'no.onnx')], 'does not exist'),
             ([str(config), str(checkpoint)], r'must end in .onnx or .xml'),
-            ([str(config), str(out), '--cfg-options', 'model.type=Other'], 'file of a Other')]:
+            ([str(config), str(out), '--cfg-options', 'model.type=Other'],
+             'the model that the config has, Other, got one of EncoderDecoder'),
+            ([str(config), str(out), '--cfg-options', 'model.backbone.type=ResNet'],
+             'the backbone that the config has, ResNet, got one of KWResNet'),
+            ([str(config), str(broken)], 'must be a file that can be read')]:
         with pytest.raises(SystemExit):
             tool('tools/deployment/test.py').main(argv)
         assert message in capsys.readouterr().err
@@ -102,7 +109,7 @@ def test_detector(tmp_path, capsys):
     cfg = Config.fromfile(config)
     model = load_model(cfg, str(checkpoint))
     form = export_model(model, cfg, out, 'onnx')
-    assert all(line.startswith('equals') for line in compare(out, form, model, cfg))
+    assert all(c.equal for c in compare(ModelFile(out), form, model, cfg))
     assert not find_violations(onnx.load(out))
     from mmdet.apis import inference_detector
     run = tool('tools/deployment/runner.py').Runner(str(out))
@@ -111,16 +118,36 @@ def test_detector(tmp_path, capsys):
     for path in sorted((root / 'val').glob('*.jpg')):
         expected = inference_detector(model, str(path)).pred_instances
         found = run(cv2.imread(str(path)))
-        pairs = match_objects(
-            tuple(expected[name].numpy() for name in ('scores', 'bboxes', 'labels')),
-            tuple(found[name] for name in ('scores', 'boxes', 'labels')), 96)
-        assert pairs[0] < 1e-4 and pairs[1] == 0
+        matching = match_objects(
+            Objects(*(expected[name].numpy() for name in ('scores', 'bboxes', 'labels'))),
+            Objects(*(found[name] for name in ('scores', 'boxes', 'labels'))), 96)
+        assert matching.error < 1e-4
+        assert not matching.only_expected and not matching.only_found
         assert found['masks'].shape == expected.masks.shape
         assert (found['masks'] != expected.masks.numpy()).mean() < 1e-3
         count += len(found['scores'])
     assert count > 10
     assert np.isfinite(list(tool('tools/deployment/test.py').main([str(config), str(out)]).values(
         ))).all()
+
+
+@pytest.mark.slow
+def test_check_and_latency(tmp_path, capsys):
+    config, checkpoint, _ = prepare(tmp_path, SEGMENTOR)
+    tool('tools/deployment/check.py').main([
+        str(config), '--to', 'onnx', 'torchscript', '--cases', '1x64x96', '3x96x64', '--out-dir',
+        str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert printed.count('equals: batch') == 6 and 'differs' not in printed
+    # Without a checkpoint its weights are others.
+    out = str(tmp_path / 'small.onnx')
+    tool('tools/deployment/latency.py').main([out, out, '--sizes', '64x96', '--rounds', '2'])
+    assert '1x64x96' in capsys.readouterr().out
+    for argv, message in [([out, '--sizes', '64'], 'HEIGHTxWIDTH'), (['no.onnx'], 'does not exist'),
+                          ([out, '--runtime', 'torch'], 'runtime must be onnxruntime or openvino')]:
+        with pytest.raises(SystemExit):
+            tool('tools/deployment/latency.py').main(argv)
+        assert message in capsys.readouterr().err
 
 
 def test_what_cannot_be_exported_is_told(tmp_path, capsys):

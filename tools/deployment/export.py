@@ -18,6 +18,7 @@ from mmengine.config import Config
 import kw_mm  # noqa: F401  (registers everything, for configs without custom_imports too)
 from kw_mm.deploy import compare, export_model, load_model
 from kw_mm.engine.launch import config_path
+from kw_mm.export import ModelFile
 from kw_mm.export.files import SUFFIXES, check_path
 from kw_mm.export.forms import WEIGHTS
 
@@ -38,6 +39,8 @@ def make_parser() -> argparse.ArgumentParser:
                         help='that bases may take; default: 1.5 GiB')
     parser.add_argument('--multiple', type=int, default=32, help='what heights and widths are a '
                         'multiple of (default: %(default)s)')
+    parser.add_argument('--batch-size', type=int, metavar='N', help='write a faster file, that '
+                        'takes N images at a time alone; default: any number')
     verify = parser.add_mutually_exclusive_group()
     verify.add_argument('--verify', nargs='+', metavar='IMAGE', default=(),
                         help='images to compare with the model on; default: noise')
@@ -55,15 +58,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = load_model(cfg, args.checkpoint)
         form = export_model(model, cfg, args.out, args.to, weights=args.weights,
                             memory_budget=args.memory_budget, part=args.part,
-                            multiple=args.multiple)
+                            multiple=args.multiple, batch_size=args.batch_size)
     except (ImportError, OSError, ValueError) as error:
         parser.error(str(error))
     print('written to', args.out)
     if args.no_verify:
         return
-    lines = compare(args.out, form, model, cfg, images)
-    print('\n'.join(lines))
-    if any(line.startswith('differs') for line in lines):
+    comparisons = compare(ModelFile(args.out), form, model, cfg, images)
+    print('\n'.join(map(str, comparisons)))
+    if not all(comparison.equal for comparison in comparisons):
         sys.exit('the file does not compute what the model does')
 
 

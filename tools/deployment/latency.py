@@ -13,7 +13,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from kw_mm.engine.launch import image_size
 from kw_mm.export import ModelFile
+from kw_mm.export.files import RUNTIMES
 from kw_mm.table import format_table
 
 
@@ -21,20 +23,27 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('files', nargs='+', metavar='FILE', help='as export.py writes them')
-    parser.add_argument('--sizes', nargs='+', default=['224x224', '800x1344'], metavar='HxW',
+    parser.add_argument('--sizes', nargs='+', type=image_size, default=[(224, 224), (800, 1344)],
+                        metavar='HxW',
                         help='of images (default: 224x224 800x1344)')
     parser.add_argument('--batch', type=int, default=1, help='images at a time (default: 1)')
     parser.add_argument('--rounds', type=int, default=10, help='default: %(default)s')
     parser.add_argument('--threads', type=int, help="default: the runtime's choice")
+    parser.add_argument('--runtime', choices=sorted({name for names in RUNTIMES.values()
+                                                     for name in names}),
+                        help="default: what each file's ending asks for; OpenVINO reads .onnx too")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
-    runs = [ModelFile(path, args.threads) for path in args.files]
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        runs = [ModelFile(path, args.threads, args.runtime) for path in args.files]
+    except (ImportError, OSError, ValueError) as error:
+        parser.error(str(error))
     rows = []
-    for size in args.sizes:
-        height, width = map(int, size.split('x'))
+    for height, width in args.sizes:
         x = np.random.default_rng(0).normal(size=(args.batch, 3, height, width))
         inputs = [x.astype(np.float32)]
         if len(runs[0].metadata.get('inputs', ['images'])) == 2:
@@ -48,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 run(*inputs)
                 own.append(time.perf_counter() - start)
         medians = [statistics.median(own) for own in times]
-        rows += [(f'{args.batch}x{size}', path, f'{1000 * median:.1f}',
+        rows += [(f'{args.batch}x{height}x{width}', path, f'{1000 * median:.1f}',
                   f'{median / medians[-1]:.2f}') for path, median in zip(args.files, medians)]
     print(format_table(('images', 'file', 'ms', 'ratio'), rows, right=(2, 3)))
 

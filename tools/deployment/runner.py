@@ -30,7 +30,8 @@ class Runner:
         classes: Names of the classes.
 
     Raises:
-        ValueError: If the file is none that ``export.py`` wrote for a whole model.
+        ValueError: If the file is none that ``export.py`` wrote for a whole model, or takes
+            several images at a time.
     """
 
     def __init__(self, path: str, threads: int | None = None) -> None:
@@ -39,6 +40,9 @@ class Runner:
         if self.info.get('kind') not in ('detector', 'segmentor'):
             raise ValueError(f'{path!r} must be the file of a whole detector or segmentor, as '
                              f'tools/deployment/export.py writes it; its metadata are {self.info}')
+        if self.info.get('batch_size') not in (None, 1):
+            raise ValueError(f'{path!r} must take one image at a time, but it was written with '
+                             f'--batch-size {self.info["batch_size"]}')
         self.classes: list[str] = self.info['classes']
 
     def __call__(self, image: np.ndarray) -> Any:

@@ -23,6 +23,7 @@ from mmengine.utils import track_iter_progress
 from runner import Runner
 
 import kw_mm  # noqa: F401  (registers everything, for configs without custom_imports too)
+from kw_mm.config_types import type_name
 from kw_mm.engine.launch import config_path, read_config
 from kw_mm.export.files import need
 
@@ -72,7 +73,12 @@ def open_file(path: str, threads: int | None) -> Runner:
     if not path.endswith(('.onnx', '.xml')):
         raise ValueError(f'the file must end in .onnx or .xml, got {path!r}')
     need('openvino' if path.endswith('.xml') else 'onnxruntime')
-    return Runner(path, threads)
+    try:
+        return Runner(path, threads)
+    except ValueError:
+        raise
+    except Exception as error:  # each runtime has types of its own
+        raise ValueError(f'{path!r} must be a file that can be read: {error}') from error
 
 
 def check_model(run: Runner, cfg: Config, path: str) -> None:
@@ -81,9 +87,10 @@ def check_model(run: Runner, cfg: Config, path: str) -> None:
     if run.info['kind'] != kind:
         raise ValueError(f'{path!r} must be the file of a {kind}, as the config is of, got a '
                          f'{run.info["kind"]}')
-    if run.info['model'] != cfg.model.type:
-        raise ValueError(f'{path!r} must be the file of a {cfg.model.type}, as the config has it, '
-                         f'got one of a {run.info["model"]}')
+    for part, own in (('model', cfg.model), ('backbone', cfg.model.get('backbone'))):
+        if run.info[part] != type_name(own):
+            raise ValueError(f'{path!r} must be of the {part} that the config has, '
+                             f'{type_name(own)}, got one of {run.info[part]}')
 
 
 def check_classes(run: Runner, classes: list[str], path: str) -> None:

@@ -22,7 +22,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
-from kw_mm.config_types import all_dicts
+from kw_mm.config_types import all_dicts, without_downloads_
 
 from .networks import SHAPE, folded, make_images, optimised, randomise_
 from .parity import Check, check_network
@@ -99,11 +99,7 @@ def read_config(path: str) -> Config:
     if cfg.get('default_scope') != 'mmdet':
         raise ValueError(f"default_scope of {path} must be 'mmdet', got "
                          f'{cfg.get("default_scope")!r}')
-    for _, node in all_dicts(cfg.model):
-        if 'checkpoint' in str(node.get('init_cfg')):
-            node['init_cfg'] = None
-        if 'pretrained' in node:
-            node['pretrained'] = None
+    without_downloads_(cfg.model)
     return cfg
 
 

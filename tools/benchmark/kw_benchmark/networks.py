@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import kw_mm
-from kw_mm.layers import Attention
 from kw_mm.layers.conv import KW_CONVS
 from kw_mm.models import KWConvNeXt, KWMobileNetV2, KWResNet
-from kw_mm.models.backbones.convnext import ConvNeXtBlock
+from kw_mm.models.random_weights import make_images, randomise_
 
 BACKBONES = {cls.__name__: cls for cls in (KWResNet, KWConvNeXt, KWMobileNetV2)}
 SHAPE = (2, 64, 64)  # batch, height and width of images for statistics or parity
@@ -66,51 +65,6 @@ class Subject:
         module = self.build(static)
         randomise_(module, make_images(*SHAPE))
         return module
-
-
-def make_images(batch: int, height: int, width: int) -> Tensor:
-    """Noise ``(batch, 3, height, width)``; level and contrast differ by image and channel.
-
-    The means of pure noise would all be alike, and so would the attentions.
-    """
-    images = torch.randn(batch, 3, height, width)
-    level, contrast = torch.randn(2, batch, 3, 1, 1)
-    return level + images * (0.5 + contrast.abs())
-
-
-def randomise_(module: nn.Module, x: Tensor) -> None:
-    """Makes every layer of a new network matter, and sets running statistics, as after training.
-
-    At the start of training the last norm of a residual block is zero, the scale of a ConvNeXt
-    block is a millionth, and biases of the attention are zero, which would hide errors. Running
-    statistics become those of ``x``, at least two images. The mode is kept.
-    """
-    was_training = {m: m.training for m in module.modules()}
-    momenta = {}
-    with torch.no_grad():
-        for layer in module.modules():
-            if isinstance(layer, (_BatchNorm, nn.LayerNorm)) and layer.weight is not None:
-                layer.weight.uniform_(0.5, 1.5)
-                layer.bias.normal_(std=0.2)
-            if isinstance(layer, _BatchNorm):
-                momenta[layer], layer.momentum = layer.momentum, 1.0
-                layer.training = True
-            elif isinstance(layer, ConvNeXtBlock) and layer.gamma is not None:
-                layer.gamma.uniform_(0.5, 1.5)
-            elif isinstance(layer, Attention):
-                for bias, weight in ((layer.fc1.bias, layer.fc1.weight),
-                                     (layer.fc2.bias, layer.fc2.weight),
-                                     (layer.basis_bias, layer.fc2.weight)):
-                    if bias is not None:
-                        bias.normal_(std=weight.std().item())
-        module(x)
-        for layer, momentum in momenta.items():
-            layer.momentum = momentum
-            # A channel that hardly varies in these few images would be scaled up too much.
-            least = (layer.running_var + layer.running_mean.square()).mean()
-            layer.running_var.clamp_(min=least.item())
-    for layer, mode in was_training.items():
-        layer.training = mode
 
 
 def folded(module: nn.Module) -> nn.Module | None:
