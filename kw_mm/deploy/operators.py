@@ -74,15 +74,20 @@ _library.impl('best_boxes', _best_boxes, 'CompositeExplicitAutograd')
 _library.impl('roi_align', _roi_align, 'CompositeExplicitAutograd')
 
 
-@torch.library.register_fake('kw_mm_deploy::best_boxes', lib=_library)
-def _(boxes: Tensor, scores: Tensor, iou_threshold: float, max_num: int) -> Tensor:
+def _shape_of_best_boxes(boxes: Tensor, scores: Tensor, iou_threshold: float,
+                         max_num: int) -> Tensor:
     return torch.empty_like(scores)
 
 
-@torch.library.register_fake('kw_mm_deploy::roi_align', lib=_library)
-def _(features: Tensor, boxes: Tensor, images: Tensor, height: int, width: int, scale: float,
-      sampling_ratio: int) -> Tensor:
+def _shape_of_roi_align(features: Tensor, boxes: Tensor, images: Tensor, height: int, width: int,
+                        scale: float, sampling_ratio: int) -> Tensor:
     return features.new_empty(boxes.shape[0], features.shape[1], height, width)
+
+
+# Before 2.4 there is none; what is exported there is traced, which needs no shapes.
+if hasattr(torch.library, 'register_fake'):
+    torch.library.register_fake('kw_mm_deploy::best_boxes', _shape_of_best_boxes, lib=_library)
+    torch.library.register_fake('kw_mm_deploy::roi_align', _shape_of_roi_align, lib=_library)
 
 
 def translations() -> dict[Any, Any]:

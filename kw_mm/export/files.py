@@ -110,12 +110,16 @@ def check_path(path: str | os.PathLike, to: str) -> Path:
     """Checks that a file of a format can be written, before work is done.
 
     Raises:
-        ImportError: If a package for the format is missing.
+        ImportError: If a package for the format is missing, or torch is too old for it.
         OSError: If the folder does not exist or cannot be written to.
         ValueError: If ``to`` is no format, or the path ends otherwise than its files do.
     """
     if to not in SUFFIXES:
         raise ValueError(f'to must be one of {list(SUFFIXES)}, got {to!r}')
+    # Not a text like others, it compares as a version.
+    if to != 'torchscript' and torch.__version__ < '2.6':
+        raise ImportError(f'{to} files need torch 2.6 or newer, which finds out what sizes may '
+                          f'change, got {torch.__version__}; torchscript files need no more')
     for package in PACKAGES[to]:
         need(package)
     file = Path(path).expanduser()

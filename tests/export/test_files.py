@@ -15,7 +15,7 @@ from torch import nn
 
 from kw_mm import KWConv1d, KWConv2d, KWConv3d, KWLinear, prepare_for_export_
 from kw_mm.export import ModelFile, write_model
-from kw_mm.export.files import OPSET, SUFFIXES
+from kw_mm.export.files import OPSET, SUFFIXES, check_path
 
 CONVS = (KWConv1d, KWConv2d, KWConv3d)
 CASES = ((1, 64, 96), (2, 96, 32), (5, 64, 64))
@@ -164,6 +164,13 @@ def test_what_cannot_be_written_is_told(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'onnxscript', None)
     with pytest.raises(ImportError, match=r"onnxscript is missing; type: pip install 'kw_mm\[dep"):
         write_model(model, tmp_path / 'n.onnx', 'onnx', *arguments)
+
+
+def test_torch_that_is_too_old_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, '__version__', type(torch.__version__)('2.5.1+cpu'))
+    with pytest.raises(ImportError, match=r'onnx files need torch 2.6 or newer.*got 2.5.1'):
+        check_path(tmp_path / 'm.onnx', 'onnx')
+    assert check_path(tmp_path / 'm.torchscript', 'torchscript')
 
 
 def test_what_is_no_file_of_a_model_is_told(tmp_path, monkeypatch):
