@@ -76,8 +76,8 @@ def randomise_(module: nn.Module, x: Tensor, run: Callable[[Tensor], Any] | None
     """Makes every layer of a new network matter, and sets running statistics, as after training.
 
     At the start of training the last norm of a residual block is zero, the scale of a ConvNeXt
-    block is a millionth, and biases of the attention are zero, which would hide errors. Running
-    statistics become those of ``x``, at least two images. The mode is kept.
+    block is a millionth, and biases or weights of the attention are zero, which would hide errors.
+    Running statistics become those of ``x``, at least two images. The mode is kept.
 
     Args:
         module: The network.
@@ -97,10 +97,13 @@ def randomise_(module: nn.Module, x: Tensor, run: Callable[[Tensor], Any] | None
             elif isinstance(layer, ConvNeXtBlock) and layer.gamma is not None:
                 layer.gamma.uniform_(0.5, 1.5)
             elif isinstance(layer, Attention):
+                # At a static start, one layer has weights of zero and biases that hold the start.
+                if not layer.fc2.weight.any():
+                    nn.init.normal_(layer.fc2.weight, std=layer.fc2.in_features**-0.5)
                 for bias, weight in ((layer.fc1.bias, layer.fc1.weight),
                                      (layer.fc2.bias, layer.fc2.weight),
                                      (layer.basis_bias, layer.fc2.weight)):
-                    if bias is not None:
+                    if bias is not None and not bias.any():
                         bias.normal_(std=weight.std().item())
         (run or module)(x)
         for layer, momentum in momenta.items():
