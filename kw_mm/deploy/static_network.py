@@ -18,7 +18,7 @@ from ..models.static_weights import build_model
 
 # What only our backbones take.
 _OURS_ALONE = ('kw_cfg', 'freeze_cells', 'drop_path_rate', 'static', 'init_cfg')
-_OUR_HOOKS = ('KWTemperatureHook', 'RandomStateHook')
+_OUR_HOOKS = ('KWMixingHook', 'KWTemperatureHook', 'RandomStateHook')
 _LAYERS = ('KWConv1d', 'KWConv2d', 'KWConv3d')
 # Outputs of KWMobileNetV2, as MMDetection counts them.
 _MOBILENET_OUTPUTS = (0, 1, 2, 4, 7)

@@ -12,7 +12,7 @@ import numpy as np
 from ...config_types import all_dicts, type_name
 from ...files import replace_text, write_json
 from .arms import REPORTED, Arm, list_differences
-from .runs import Failure, Run, headlines
+from .runs import LOGGED, Failure, Run, headlines
 
 RESAMPLES = 10_000
 # Of Okabe and Ito, which people with any kind of colour vision can tell apart.
@@ -152,7 +152,7 @@ def _data(arm: Arm) -> dict[str, str]:
 def draw_curves(path: Path, arms: Sequence[Arm], runs: Sequence[Run]) -> bool:
     """Draws loss and metrics by step, a line for each run; False if there is nothing to draw."""
     names = [name for name in dict.fromkeys(name for run in runs for name in run.curve)
-             if name == 'loss' or any(len(run.curve.get(name, ())) > 1 for run in runs)]
+             if name in LOGGED or any(len(run.curve.get(name, ())) > 1 for run in runs)]
     if not names:
         return False
     from matplotlib.figure import Figure  # without pyplot, which keeps figures and needs a screen
@@ -165,7 +165,7 @@ def draw_curves(path: Path, arms: Sequence[Arm], runs: Sequence[Run]) -> bool:
                     steps, values = zip(*points)
                     axis.plot(steps, values, color=colour, lw=1.2, alpha=0.8,
                               label=arm.name if index == 0 else None)
-        axis.set(xlabel='iteration' if name == 'loss' else 'epoch or iteration of the test',
+        axis.set(xlabel='iteration' if name in LOGGED else 'epoch or iteration of the test',
                  ylabel=name)
         if name == 'loss':
             axis.set_yscale('log')

@@ -1,6 +1,7 @@
 """Hooks for mmengine's Runner; ``kw_mm.registration`` registers them."""
+from .mixing import KWMixingHook
 from .optimization import OptimizeForTestHook
 from .random_state import RandomStateHook
 from .temperature import KWTemperatureHook
 
-__all__ = ['KWTemperatureHook', 'OptimizeForTestHook', 'RandomStateHook']
+__all__ = ['KWMixingHook', 'KWTemperatureHook', 'OptimizeForTestHook', 'RandomStateHook']
