@@ -82,6 +82,8 @@ def _make_ordinary_(cfg: Any, twin: Any) -> dict[str, dict[str, str]]:
     for name, part in list(cfg.items()):
         if not isinstance(part, Mapping) or 'type' not in part:
             continue
+        if type_name(part) == 'WithOwnRandomNumbers':  # of no use to a model that is trained
+            part = cfg[name] = part['module']
         kind = type_name(part)
         if kind == 'KWConverted':
             cfg[name] = part['module']
