@@ -15,6 +15,7 @@ static model; what is dynamic is converted with static2kw.py.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import subprocess
@@ -143,8 +144,10 @@ def start_of(args: argparse.Namespace, config: str, name: str) -> str:
 
 def about(args: argparse.Namespace) -> dict[str, str]:
     """When, where and with what the comparison was run."""
-    commit = subprocess.run(['git', '-C', ROOT, 'describe', '--always', '--dirty'],
-                            capture_output=True, text=True).stdout.strip()
+    commit = ''
+    with contextlib.suppress(OSError):  # no git
+        commit = subprocess.run(['git', '-C', ROOT, 'describe', '--always', '--dirty'],
+                                capture_output=True, text=True).stdout.strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else (
         f'{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs')
     return dict(command=' '.join(['python', 'tools/analysis_tools/compare.py', *sys.argv[1:]]),
