@@ -108,7 +108,8 @@ def test_tools_are_importable_by_their_pages():
     # If a tool's parser cannot be built, its --help fails too.
     for tool in ('infer', 'test', 'train', 'demo', 'analysis_tools/check_data',
                  'model_converters/publish_model', 'model_converters/static2kw',
-                 'model_converters/kw2static', 'deployment/export', 'deployment/latency'):
+                 'model_converters/kw2static', 'deployment/export', 'deployment/latency',
+                 'analysis_tools/inspect_mixing'):
         spec = importlib.util.spec_from_file_location('tool', ROOT / 'tools' / f'{tool}.py')
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

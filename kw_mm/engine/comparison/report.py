@@ -15,6 +15,8 @@ from .arms import REPORTED, Arm, list_differences
 from .runs import LOGGED, Failure, Run, headlines
 
 RESAMPLES = 10_000
+# What is made dynamic with a budget of at least 1 predicts the same, up to roundings.
+START_TOLERANCE = 0.001
 # Of Okabe and Ito, which people with any kind of colour vision can tell apart.
 COLOURS = ('#000000', '#E69F00', '#0072B2', '#009E73', '#D55E00', '#CC79A7', '#56B4E9')
 
@@ -93,7 +95,16 @@ def _metric_table(metric: str, arms: Sequence[Arm], runs: Sequence[Run]) -> str:
         rows.append(row)
     header = ['arm', *(['start'] if has_start else []), 'mean', *(f'seed {s}' for s in seeds),
               f'difference to {arms[0].name}, mean [95 % of resampled means]']
-    return f'## {metric}\n\n{_table(header, rows)}'
+    return '\n\n'.join([f'## {metric}', _table(header, rows), *_lost_starts(metric, arms, runs)])
+
+
+def _lost_starts(metric: str, arms: Sequence[Arm], runs: Sequence[Run]) -> list[str]:
+    """A sentence for each arm that does not start where the first one does."""
+    starts = {run.arm: run.start[metric] for run in runs if metric in run.start}
+    return [f'**{name} starts {value - starts[arms[0].name]:+.4f} from {arms[0].name}**: its budget '
+            'is below 1, or it is not the same model made dynamic.'
+            for name, value in starts.items() if arms[0].name in starts
+            and abs(value - starts[arms[0].name]) > START_TOLERANCE]
 
 
 def _difference(paired: Sequence[float]) -> str:
