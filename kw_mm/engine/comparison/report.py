@@ -101,10 +101,10 @@ def _metric_table(metric: str, arms: Sequence[Arm], runs: Sequence[Run]) -> str:
 def _lost_starts(metric: str, arms: Sequence[Arm], runs: Sequence[Run]) -> list[str]:
     """A sentence for each arm that does not start where the first one does."""
     starts = {run.arm: run.start[metric] for run in runs if metric in run.start}
-    return [f'**{name} starts {value - starts[arms[0].name]:+.4f} from {arms[0].name}**: its budget '
-            'is below 1, or it is not the same model made dynamic.'
-            for name, value in starts.items() if arms[0].name in starts
-            and abs(value - starts[arms[0].name]) > START_TOLERANCE]
+    first = starts.get(arms[0].name)
+    return [f'**{name} starts {value - first:+.4f} from {arms[0].name}**: its budget is below 1, '
+            'or it is not the same model made dynamic.' for name, value in starts.items()
+            if first is not None and abs(value - first) > START_TOLERANCE]
 
 
 def _difference(paired: Sequence[float]) -> str:
