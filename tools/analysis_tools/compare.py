@@ -54,9 +54,10 @@ def make_parser() -> argparse.ArgumentParser:
                         help='the first is what the others are compared with')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--out', required=True, type=Path, help='folder to write to')
-    for name, what in (('train', 'training'), ('val', 'test')):
-        parser.add_argument(f'--{name}-data', nargs=2, metavar=('ANNOTATIONS', 'IMAGES'),
-                            help=f"your {what} data: annotation file in COCO's format, folder")
+    own = dict(nargs=2, metavar=('ANNOTATIONS', 'IMAGES'))
+    parser.add_argument('--train-data', **own, help='your training data: annotation file in '
+                        "COCO's format, folder")
+    parser.add_argument('--val-data', **own, help='your test data, likewise')
     parser.add_argument('--start', metavar='CHECKPOINT',
                         help='trained static model from which all arms start')
     parser.add_argument('--equal-parameters', action='store_true',
