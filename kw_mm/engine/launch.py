@@ -138,7 +138,8 @@ def test_checkpoint(config: str, checkpoint: str, work_dir: str,
     cfg.work_dir = str(Path(work_dir, 'tests'))
     cfg.load_from, cfg.resume = checkpoint, False
     with strict_loading():
-        return build_runner(cfg).test()
+        metrics = build_runner(cfg).test()
+    return {name: float(value) for name, value in metrics.items()}  # some are numpy's
 
 
 def enable_amp_(cfg: Config) -> None:
