@@ -23,13 +23,13 @@ __all__ = ['ConvSpec', 'KWConv1d', 'KWConv2d', 'KWConv3d', 'KWLinear', 'Optimiza
            'to_static_']
 
 _OPENMMLAB_NAMES = ['ConversionReport', 'KWConvNeXt', 'KWConverted', 'KWMobileNetV2', 'KWResNet',
-                    'KWTemperatureHook', 'RandomStateHook', 'StaticPretrained',
+                    'KWMixingHook', 'KWTemperatureHook', 'RandomStateHook', 'StaticPretrained',
                     'convert_official_checkpoint', 'static_checkpoint_to_kw',
                     'to_official_checkpoint']
 
 if find_spec('mmengine') and find_spec('mmcv'):
     from . import compat
-    from .engine.hooks import KWTemperatureHook, RandomStateHook  # noqa: F401
+    from .engine.hooks import KWMixingHook, KWTemperatureHook, RandomStateHook  # noqa: F401
     from .models import (  # noqa: F401
         ConversionReport,
         KWConverted,

@@ -1,5 +1,6 @@
 """Commands and snippets of README and docs."""
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -70,6 +71,26 @@ def test_snippets_run(page, heading):
     exec(compile(code[3], page, 'exec'), {})
 
 
+def test_voc_files_become_coco_s_format(tmp_path, monkeypatch):
+    box = ('<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>2</ymin><xmax>9</xmax>'
+           '<ymax>7</ymax></bndbox></object>')
+    for folder in ('ImageSets/Main', 'Annotations'):
+        (tmp_path / 'BCCD' / folder).mkdir(parents=True)
+    for split, name in (('trainval', 'a'), ('test', 'b')):
+        (tmp_path / f'BCCD/ImageSets/Main/{split}.txt').write_text(f'{name}\n')
+        (tmp_path / f'BCCD/Annotations/{name}.xml').write_text(
+            '<annotation><size><width>20</width><height>10</height></size>'
+            f'{box.format("WBC", 1)}{box.format("RBC", 9)}</annotation>')
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks(ROOT / 'docs' / 'evidence.md', 'python')
+    exec(compile(code, 'evidence.md', 'exec'), {})
+    found = json.loads((tmp_path / 'bccd_val.json').read_text())
+    assert found['images'] == [dict(id=1, file_name='b.jpg', width=20, height=10)]
+    assert found['annotations'] == [dict(  # the other box has no area
+        id=1, image_id=1, iscrowd=0, category_id=2, bbox=[1, 2, 8, 5], area=40)]
+    assert [c['name'] for c in found['categories']] == ['RBC', 'WBC', 'Platelets']
+
+
 def test_the_configs_in_the_docs_are_read(tmp_path):
     found = 0
     for page in PAGES:
@@ -109,7 +130,7 @@ def test_tools_are_importable_by_their_pages():
     for tool in ('infer', 'test', 'train', 'demo', 'analysis_tools/check_data',
                  'model_converters/publish_model', 'model_converters/static2kw',
                  'model_converters/kw2static', 'deployment/check', 'deployment/export',
-                 'deployment/latency'):
+                 'deployment/latency', 'analysis_tools/inspect_mixing'):
         spec = importlib.util.spec_from_file_location('tool', ROOT / 'tools' / f'{tool}.py')
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

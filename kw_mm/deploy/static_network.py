@@ -18,7 +18,7 @@ from ..models.static_weights import build_model
 
 # What only our backbones take.
 _OURS_ALONE = ('kw_cfg', 'freeze_cells', 'drop_path_rate', 'static', 'init_cfg')
-_OUR_HOOKS = ('KWTemperatureHook', 'RandomStateHook')
+_OUR_HOOKS = ('KWMixingHook', 'KWTemperatureHook', 'RandomStateHook')
 _LAYERS = ('KWConv1d', 'KWConv2d', 'KWConv3d')
 # Outputs of KWMobileNetV2, as MMDetection counts them.
 _MOBILENET_OUTPUTS = (0, 1, 2, 4, 7)
@@ -82,6 +82,8 @@ def _make_ordinary_(cfg: Any, twin: Any) -> dict[str, dict[str, str]]:
     for name, part in list(cfg.items()):
         if not isinstance(part, Mapping) or 'type' not in part:
             continue
+        if type_name(part) == 'WithOwnRandomNumbers':  # of no use to a model that is trained
+            part = cfg[name] = part['module']
         kind = type_name(part)
         if kind == 'KWConverted':
             cfg[name] = part['module']

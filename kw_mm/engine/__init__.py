@@ -1,4 +1,4 @@
 """What surrounds a model while it is trained or tested with mmengine."""
-from .hooks import KWTemperatureHook, RandomStateHook
+from .hooks import KWMixingHook, KWTemperatureHook, RandomStateHook
 
-__all__ = ['KWTemperatureHook', 'RandomStateHook']
+__all__ = ['KWMixingHook', 'KWTemperatureHook', 'RandomStateHook']

@@ -31,7 +31,8 @@ from .quiet_log import shorten_log_
 __all__ = ['CheckpointMismatch', 'NotWrittenError', 'add_common_options', 'build_runner',
            'check_checkpoint', 'check_data_sets', 'choose_checkpoint_', 'config_path',
            'enable_amp_', 'enable_auto_scale_lr_', 'enable_drawing_', 'enable_tta_', 'load_config',
-           'prepare_resume_', 'read_config', 'set_output_', 'set_resume_', 'strict_loading']
+           'prepare_resume_', 'read_config', 'set_output_', 'set_resume_', 'strict_loading',
+           'test_checkpoint']
 
 # To check data sets within seconds at the start of a run, so many images of each are read, and no
 # annotation file with more bytes than this.
@@ -129,6 +130,24 @@ def build_runner(cfg: Config) -> Any:
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     shorten_log_(runner)
     return runner
+
+
+def test_checkpoint(config: str, checkpoint: str, work_dir: str,
+                    changes: Mapping[str, Any] | None = None) -> dict[str, float]:
+    """The metrics of a checkpoint on the test data of a config.
+
+    Args:
+        config: Path of the config.
+        checkpoint: Path; it must fit exactly.
+        work_dir: The folder ``tests`` in it is written to.
+        changes: Settings that replace those of the config, by dotted names.
+    """
+    cfg = read_config(config, changes)
+    cfg.work_dir = str(Path(work_dir, 'tests'))
+    cfg.load_from, cfg.resume = checkpoint, False
+    with strict_loading():
+        metrics = build_runner(cfg).test()
+    return {name: float(value) for name, value in metrics.items()}  # some are numpy's
 
 
 def enable_amp_(cfg: Config) -> None:

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 from ..convert.surgery import all_paths, hidden_references, swap_
 from ..layers import KWLinear, WarehouseManager
 from ..layers.conv import KW_CONVS, has_hooks
+from ..layers.mixing import MixingRecord, record_mixing
 from ..ops import assemble_kernel, mixing_weights
-from ..ops.autocast import widest_dtype
 from ..plan import WarehousePlan
 from ..table import format_table
 
@@ -29,11 +28,14 @@ class StaticLayer:
         num_kernels: Kernels that its own is the mean of; 0 if it is that of the attention's bias.
         spread: How far kernels of single images are from their mean, as a part of its norm (root
             of the mean of squares); NaN without images.
+        start_part: The part of the mixing weights that mixtures give to the cell they are tied to
+            (see ``MixingRecord.start_part``); NaN without images.
     """
 
     name: str
     num_kernels: int
     spread: float
+    start_part: float = float('nan')
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,10 @@ class StaticReport:
 
     def __str__(self) -> str:
         rows = [(layer.name, f'{layer.num_kernels:,}' if layer.num_kernels else 'bias',
-                 f'{layer.spread:.3f}' if layer.num_kernels else '-') for layer in self.layers]
-        return format_table(('layer', 'mean of', 'spread'), rows, right=(1, 2))
+                 *(f'{value:.3f}' if value == value else '-'
+                   for value in (layer.start_part, layer.spread))) for layer in self.layers]
+        return format_table(('layer', 'mean of', "start's part", 'spread'), rows,
+                            right=(1, 2, 3))
 
 
 @torch.no_grad()
@@ -100,8 +104,8 @@ def to_static_(module: nn.Module, images: Iterable[Any] | None = None) -> Static
             alpha = weights.mean
         weight = assemble_kernel(alpha[None].to(conv.cells.dtype), conv.cells, conv.plan.grid,
                                  conv.kernel_size)[0]
-        layers.append(StaticLayer(path, weights.count if weights else 0,
-                                  weights.spread(conv.cells) if weights else float('nan')))
+        layers.append(StaticLayer(path, 0, float('nan')) if weights is None else StaticLayer(
+            path, weights.count, weights.spread(conv.cells), weights.start_part(conv.plan)))
         replacements[conv] = _static_conv(conv, weight)
     for layer in module.modules():
         if isinstance(layer, KWLinear):
@@ -111,44 +115,10 @@ def to_static_(module: nn.Module, images: Iterable[Any] | None = None) -> Static
     return StaticReport(tuple(layers))
 
 
-class _Weights:
-    """Mean and second moments of mixing weights ``(m, n)``, in the widest dtype."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.total: Any = 0
-        self.moments: Any = 0
-
-    def add(self, alpha: Tensor) -> None:
-        """Takes notice of ``(N, m, n)``."""
-        alpha = alpha.to(widest_dtype(alpha.device))
-        self.count += len(alpha)
-        self.total = self.total + alpha.sum(0)
-        self.moments = self.moments + torch.einsum('imn,imk->nk', alpha, alpha)
-
-    @property
-    def mean(self) -> Tensor:
-        """``(m, n)``."""
-        return self.total / self.count
-
-    def spread(self, cells: Tensor) -> float:
-        """The root mean square distance of kernels to their mean, as a part of the mean's norm."""
-        cells = cells.flatten(1).to(self.mean)
-        gram = cells @ cells.T
-        square = ((self.mean @ gram) * self.mean).sum()
-        around = (self.moments / self.count * gram).sum() - square
-        return (around.clamp(min=0) / square).sqrt().item()
-
-
-def _watch(module: Any, convs: list[Any], images: Iterable[Any]) -> dict[nn.Module, _Weights]:
+def _watch(module: Any, convs: list[Any], images: Iterable[Any]) -> dict[nn.Module, MixingRecord]:
     """The mixing weights of layers while a module sees images."""
-    seen = {conv: _Weights() for conv in convs}
     num_batches = 0
-    with ExitStack() as hooks:
-        for conv in convs:
-            handle = conv.attention.register_forward_hook(
-                lambda _, __, alpha, weights=seen[conv]: weights.add(alpha))
-            hooks.callback(handle.remove)
+    with record_mixing(convs) as seen:
         for batch in images:
             num_batches += 1
             if isinstance(batch, Mapping):

@@ -34,11 +34,13 @@ if TYPE_CHECKING:
 # which the cells are scaled up at temperature 0. Towards temperature 1, where beta is used instead,
 # each layer is too strong by that factor, which adds up to 1 % after 50 layers. A larger SELECT
 # reduces this, but the effect of every logit is divided by SELECT. With 4, about the initial sum of
-# magnitudes of random logits, the attention learns as fast as from scratch. The zero cell's logit
-# must not be 0, because |z| has no gradient there and the column might never change; the larger it
-# is, the larger the error.
+# magnitudes of random logits, the attention learns as fast as from scratch; with many cells SELECT
+# grows (see ``select_logit``). The zero cell's logit must not be 0, because |z| has no gradient
+# there and the column might never change; the larger it is, the larger the error.
 SELECT = 4.0
 ZERO = 2e-4
+# So many cells the logit SELECT can stand against.
+SELECT_CELLS = 10
 
 # The part of the mixing weights' L1 norm, at most 1, that approximated mixtures leave to the zero
 # cell, so that its logit is positive and well away from the kink at 0.
@@ -156,6 +158,18 @@ def start_at_zero_(layer: _KWConvNd, bias: Tensor | None) -> None:
     layer.is_init = True
 
 
+def select_logit(num_cells: int) -> float:
+    """The logit of the cell that a mixture starts from, in a warehouse of so many cells.
+
+    Adam moves each logit by about the learning rate in a step, whatever its gradient, and mixing
+    weights are divided by the sum of all magnitudes. So n cells that are still random thin the
+    start out n times as fast as one. The logit grows with n, so that the mixing weights move as
+    they do with ten cells. For Adam that is the same as a smaller learning rate of the attention's
+    last layer, and needs nothing of the optimizer's settings.
+    """
+    return SELECT * max(1.0, num_cells / SELECT_CELLS)
+
+
 def cut_static(weight: Tensor, plan: LayerPlan) -> Tensor:
     """One row for each mixture of a static kernel, ``(m, c_out * c_in * prod(cell kernel))``."""
     return cut_kernel(weight[None], plan.grid, plan.cell_shape).flatten(4).flatten(0, 3)
@@ -190,7 +204,7 @@ def _set_exactly_(layer: _KWConvNd, pieces: Tensor) -> None:
     columns = list(layer.plan.assignment.columns)
     rows = range(len(columns))
     logits = pieces.new_zeros(len(columns), layer.plan.num_cells + 1)
-    logits[rows, columns] = SELECT
+    logits[rows, columns] = select_logit(layer.plan.num_cells)
     logits[:, -1] = ZERO
     _set_logits_(layer, logits)
     # The mixing weights of the stored logits, in the layer's own dtype.

@@ -18,7 +18,8 @@ from kw_mm import (
     plan_warehouses,
     set_temperature,
 )
-from kw_mm.layers import WarehouseManager, start_from_static_
+from kw_mm.layers import WarehouseManager, start_from_static_, static_start
+from kw_mm.layers.mixing import record_mixing
 from kw_mm.layers.static_start import MARGIN, SELECT, ZERO, cut_static
 from kw_mm.ops import assemble_kernel
 
@@ -285,3 +286,42 @@ def test_wrong_arguments_are_told():
     assert start_from_static_([(c, torch.ones(8, 4, 1, 1), None)]).warehouses[0].warehouse == 1
     with pytest.raises(ValueError, match="bias of layer 'a' must be None, got"):
         start_from_static_([(a, torch.zeros(8, 4, 1, 1), torch.zeros(8))])
+
+
+def trained(steps, ratio, fc2_rate=1.0, lr=0.002):
+    """A KW convolution after steps of Adam towards an output that no kernel reaches."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 8, 1, bias=False).double()
+    layer = KWConv2d.from_conv(conv, dict(cell_num_ratio=ratio, cell_inplane_ratio=0.5,
+                                          cell_outplane_ratio=0.5, attn_norm='LN'))
+    fc2 = set(layer.attention.fc2.parameters())
+    optimizer = torch.optim.Adam([
+        dict(params=[p for p in layer.parameters() if p not in fc2]),
+        dict(params=list(fc2), lr=lr * fc2_rate)], lr=lr, eps=1e-16)
+    x, target = torch.randn(2, 6, 8, 4, 4).double()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (layer(x) - target).square().mean().backward()
+        optimizer.step()
+    with record_mixing([layer]) as records, torch.no_grad():
+        layer(x)
+    return layer.kernel(x).detach(), records[layer].start_part(layer.plan)
+
+
+def test_many_cells_do_not_thin_the_start_out(monkeypatch):
+    # Adam moved each of n logits by as much, so that with many cells little was left of a start.
+    _, few = trained(20, 2)
+    _, many = trained(20, 32)
+    assert many > few - 0.1 > 0.5
+    monkeypatch.setattr(static_start, 'SELECT_CELLS', math.inf)
+    assert trained(20, 32)[1] < 0.2
+
+
+def test_a_larger_logit_is_a_smaller_rate_of_the_last_layer(monkeypatch):
+    kernel, part = trained(10, 32)
+    monkeypatch.setattr(static_start, 'SELECT_CELLS', math.inf)
+    same, same_part = trained(10, 32, fc2_rate=10 / 128)
+    assert part == pytest.approx(same_part, abs=1e-3)
+    torch.testing.assert_close(kernel, same, rtol=0, atol=1e-3)
+    other, _ = trained(10, 32)
+    assert (other - kernel).abs().max() > 0.05

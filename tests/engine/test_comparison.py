@@ -127,7 +127,7 @@ class FakeTrainer:
         scalars.parent.mkdir(parents=True, exist_ok=True)
         scalars.write_text('\n'.join([
             json.dumps(dict(loss=9.0, time=0.5, step=1)),
-            json.dumps(dict(loss=2.0, time=0.3, step=1)),
+            json.dumps(dict(loss=2.0, time=0.3, step=1, start_part=0.9)),
             json.dumps(dict(loss=1.0, time=0.1, step=2)), '{"loss": 0',
             json.dumps({'coco/bbox_mAP': 0.1, 'step': 1}),
             json.dumps({'coco/bbox_mAP': 0.2, 'step': 2})]))
@@ -157,7 +157,8 @@ def test_every_arm_is_trained_once_for_each_seed(two_arms, tmp_path, trainer):
     # Of a step that was repeated, the last line counts.
     assert found[0].seconds == statistics.median([0.3, 0.1]) and found[0].memory == 2**30
     assert found[0].curve == {
-        'loss': [[1, 2.0], [2, 1.0]], 'coco/bbox_mAP': [[1, 0.1], [2, 0.2]]}
+        'loss': [[1, 2.0], [2, 1.0]], 'start_part': [[1, 0.9]],
+        'coco/bbox_mAP': [[1, 0.1], [2, 0.2]]}
     again, _ = runs.run_all(two_arms, [0, 1, 2], tmp_path, trainer)
     assert trainer.trained[4:] == [(STATIC, 2), (KW, 2)] and again[:4] == found
 
@@ -179,6 +180,17 @@ def test_the_start_is_tested_once_for_each_arm(two_arms, tmp_path, trainer):
     found, _ = runs.run_all(two_arms, [0, 1], tmp_path, trainer, {STATIC: 'a.pth'})
     assert trainer.started == ['a.pth', None, 'a.pth', None]
     assert [run.start.get('coco/bbox_mAP') for run in found] == [0.25, None, 0.25, None]
+
+
+def test_an_arm_that_starts_elsewhere_is_told(two_arms, tmp_path, trainer):
+    starts = {STATIC: 'a.pth', KW: 'b.pth'}
+    for value, told in ((0.4991, False), (0.498, True)):
+        trainer.metrics['b.pth'] = value
+        folder = tmp_path / str(value)
+        folder.mkdir()
+        found, _ = runs.run_all(two_arms, [0], folder, trainer, starts)
+        text = report.write_report(folder, two_arms, found, [], {})
+        assert (f'**{KW} starts -0.0020 from {STATIC}**' in text) == told
 
 
 def test_the_report_by_hand(two_arms, tmp_path, trainer):

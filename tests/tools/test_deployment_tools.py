@@ -1,5 +1,6 @@
 """tools/deployment and kw2static.py: a file's own metrics are those of the model in PyTorch."""
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -84,6 +85,14 @@ def test_segmentor(tmp_path, capsys):
     assert float(row[-2]) == pytest.approx(found['mIoU'], abs=0.05)  # of 100
     made = (tmp_path / 'static/config.py').read_text()
     assert "type='ResNet'" in made and 'KW' not in made and 'kw_mm' not in made
+    figures = tmp_path / 'figures.json'
+    tool('tools/analysis_tools/inspect_mixing.py').main(
+        [str(config), str(checkpoint), str(root / 'train'), '--json', str(figures)])
+    assert 'cost of fixing' in capsys.readouterr().out
+    found = json.loads(figures.read_text())
+    assert found['metrics']['mIoU'] == pytest.approx(float(row[-2]), abs=1e-4)
+    assert found['fixed_metrics']['mIoU'] == pytest.approx(float(row[-1]), abs=1e-4)
+    assert 0 < found['summary']['spread, median'] <= found['summary']['spread, most']
     tool('tools/deployment/runner.py').main([str(out), str(image)])
     assert '%' in capsys.readouterr().out
     broken = tmp_path / 'broken.onnx'

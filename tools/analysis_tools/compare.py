@@ -15,6 +15,7 @@ static model; what is dynamic is converted with static2kw.py.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import subprocess
@@ -53,9 +54,10 @@ def make_parser() -> argparse.ArgumentParser:
                         help='the first is what the others are compared with')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--out', required=True, type=Path, help='folder to write to')
-    for name, what in (('train', 'training'), ('val', 'test')):
-        parser.add_argument(f'--{name}-data', nargs=2, metavar=('ANNOTATIONS', 'IMAGES'),
-                            help=f"your {what} data: annotation file in COCO's format, folder")
+    own = dict(nargs=2, metavar=('ANNOTATIONS', 'IMAGES'))
+    parser.add_argument('--train-data', **own, help='your training data: annotation file in '
+                        "COCO's format, folder")
+    parser.add_argument('--val-data', **own, help='your test data, likewise')
     parser.add_argument('--start', metavar='CHECKPOINT',
                         help='trained static model from which all arms start')
     parser.add_argument('--equal-parameters', action='store_true',
@@ -143,8 +145,10 @@ def start_of(args: argparse.Namespace, config: str, name: str) -> str:
 
 def about(args: argparse.Namespace) -> dict[str, str]:
     """When, where and with what the comparison was run."""
-    commit = subprocess.run(['git', '-C', ROOT, 'describe', '--always', '--dirty'],
-                            capture_output=True, text=True).stdout.strip()
+    commit = ''
+    with contextlib.suppress(OSError):  # no git
+        commit = subprocess.run(['git', '-C', ROOT, 'describe', '--always', '--dirty'],
+                                capture_output=True, text=True).stdout.strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else (
         f'{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs')
     return dict(command=' '.join(['python', 'tools/analysis_tools/compare.py', *sys.argv[1:]]),

@@ -39,7 +39,8 @@ BACKBONE_NAMES = {
 METRICS = {'bbox': 'box AP', 'segm': 'mask AP', 'mIoU': 'mIoU'}
 # Folders whose configs are not in the zoo and need no metafile.
 REMARKS = {'demo': 'of the demo, see above',
-           'custom': 'a template for your own data'}
+           'custom': 'a template for your own data',
+           'small_data': 'for comparisons, see above'}
 
 LEGEND = """\
 Parameters and FLOPs are computed, see `python tools/analysis_tools/model_complexity.py --help`. A

@@ -12,7 +12,6 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mmengine.config import Config, DictAction
 
@@ -22,7 +21,6 @@ from kw_mm.deploy.static_network import make_static
 from kw_mm.engine import launch
 from kw_mm.engine.inference import find_images
 from kw_mm.files import replace_text
-from kw_mm.layers.loading import strict_loading
 from kw_mm.table import format_table
 
 
@@ -67,19 +65,12 @@ def main(argv: Sequence[str] | None = None) -> None:
           "nothing: they are those of the attention's bias, without images")
     print('written to', config, 'and', checkpoint)
     if not args.no_test:
-        before, after = (test(path, weights, args.out_dir, args.cfg_options) for path, weights in (
+        before, after = (launch.test_checkpoint(
+            path, weights, args.out_dir, args.cfg_options) for path, weights in (
             (args.config, args.checkpoint), (config, checkpoint)))
         print(format_table(('metric', 'KW', 'static'), [
             (name, f'{before[name]:.4f}', f'{after[name]:.4f}') for name in before
             if name in after], right=(1, 2)))
-
-
-def test(config: str, checkpoint: str, work_dir: str, options: Any) -> dict[str, float]:
-    cfg = launch.read_config(config, options)
-    cfg.work_dir = str(Path(work_dir, 'tests'))
-    cfg.load_from, cfg.resume = checkpoint, False
-    with strict_loading():
-        return launch.build_runner(cfg).test()
 
 
 if __name__ == '__main__':

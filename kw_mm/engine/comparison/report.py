@@ -12,9 +12,11 @@ import numpy as np
 from ...config_types import all_dicts, type_name
 from ...files import replace_text, write_json
 from .arms import REPORTED, Arm, list_differences
-from .runs import Failure, Run, headlines
+from .runs import LOGGED, Failure, Run, headlines
 
 RESAMPLES = 10_000
+# What is made dynamic with a budget of at least 1 predicts the same, up to roundings.
+START_TOLERANCE = 0.001
 # Of Okabe and Ito, which people with any kind of colour vision can tell apart.
 COLOURS = ('#000000', '#E69F00', '#0072B2', '#009E73', '#D55E00', '#CC79A7', '#56B4E9')
 
@@ -93,7 +95,16 @@ def _metric_table(metric: str, arms: Sequence[Arm], runs: Sequence[Run]) -> str:
         rows.append(row)
     header = ['arm', *(['start'] if has_start else []), 'mean', *(f'seed {s}' for s in seeds),
               f'difference to {arms[0].name}, mean [95 % of resampled means]']
-    return f'## {metric}\n\n{_table(header, rows)}'
+    return '\n\n'.join([f'## {metric}', _table(header, rows), *_lost_starts(metric, arms, runs)])
+
+
+def _lost_starts(metric: str, arms: Sequence[Arm], runs: Sequence[Run]) -> list[str]:
+    """A sentence for each arm that does not start where the first one does."""
+    starts = {run.arm: run.start[metric] for run in runs if metric in run.start}
+    first = starts.get(arms[0].name)
+    return [f'**{name} starts {value - first:+.4f} from {arms[0].name}**: its budget is below 1, '
+            'or it is not the same model made dynamic.' for name, value in starts.items()
+            if first is not None and abs(value - first) > START_TOLERANCE]
 
 
 def _difference(paired: Sequence[float]) -> str:
@@ -152,7 +163,7 @@ def _data(arm: Arm) -> dict[str, str]:
 def draw_curves(path: Path, arms: Sequence[Arm], runs: Sequence[Run]) -> bool:
     """Draws loss and metrics by step, a line for each run; False if there is nothing to draw."""
     names = [name for name in dict.fromkeys(name for run in runs for name in run.curve)
-             if name == 'loss' or any(len(run.curve.get(name, ())) > 1 for run in runs)]
+             if name in LOGGED or any(len(run.curve.get(name, ())) > 1 for run in runs)]
     if not names:
         return False
     from matplotlib.figure import Figure  # without pyplot, which keeps figures and needs a screen
@@ -165,7 +176,7 @@ def draw_curves(path: Path, arms: Sequence[Arm], runs: Sequence[Run]) -> bool:
                     steps, values = zip(*points)
                     axis.plot(steps, values, color=colour, lw=1.2, alpha=0.8,
                               label=arm.name if index == 0 else None)
-        axis.set(xlabel='iteration' if name == 'loss' else 'epoch or iteration of the test',
+        axis.set(xlabel='iteration' if name in LOGGED else 'epoch or iteration of the test',
                  ylabel=name)
         if name == 'loss':
             axis.set_yscale('log')

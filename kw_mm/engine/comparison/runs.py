@@ -13,6 +13,8 @@ from ..scalars import read_scalars
 from .arms import Arm
 
 RECORD, START = 'result.json', 'start.json'
+# What is drawn of the lines with a loss; all but that is from KWMixingHook.
+LOGGED = ('loss', 'start_part', 'variation')
 
 
 class Trainer(Protocol):
@@ -41,7 +43,7 @@ class Run:
         start: The same before training; empty if there was nothing to start from.
         seconds: Of an iteration, in the median; None if the log has none.
         memory: Bytes: on a GPU of its tensors, else of the largest process; None if not known.
-        curve: By metric, and for ``loss``: pairs of step and value.
+        curve: By metric, and for what is logged in training: pairs of step and value.
     """
 
     arm: str
@@ -140,7 +142,7 @@ def _is_headline(name: str) -> bool:
 def _curves(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
     curves: dict[str, list[list[float]]] = {}
     for line in lines:
-        values = {'loss': line['loss']} if 'loss' in line else {
+        values = {name: line[name] for name in LOGGED if name in line} if 'loss' in line else {
             name: value for name, value in line.items() if _is_headline(name)}
         for name, value in values.items():
             if isinstance(value, (int, float)):

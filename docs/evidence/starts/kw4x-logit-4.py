@@ -1,0 +1,5 @@
+# The logit of the start is 4, however many cells there are.
+_base_ = '../../../configs/small_data/faster-rcnn_kw4x-mobilenet-v2_fpn_1xb4-8e_320x240.py'
+
+custom_imports = dict(imports=['kw_mm', 'tried_starts'], allow_failed_imports=False)
+model = dict(backbone=dict(init_cfg=dict(type='TriedStart')))
