@@ -33,10 +33,11 @@ class StaticPretrained:
 
     As a weight initialiser of mmengine: ``init_cfg=dict(type='StaticPretrained',
     checkpoint='torchvision://resnet50')``. At temperature 0 the backbone then computes the same as
-    the static one if its budget is at least 1, and the best approximation below that. The
-    checkpoint is loaded when training starts, not when a model is built, and after all other
-    initialisers of the backbone, in whatever order they are listed. Classifiers are dropped, and
-    key layouts that the backbone knows (``static_layouts``) are recognised.
+    the static one if its budget is at least 1. Below that, nothing is left of what the static one
+    predicts, and the log warns. The checkpoint is loaded when training starts, not when a model is
+    built, and after all other initialisers of the backbone, in whatever order they are listed.
+    Classifiers are dropped, and key layouts that the backbone knows (``static_layouts``) are
+    recognised.
 
     Args:
         checkpoint: A path, a URL, or a ``torchvision://`` or ``open-mmlab://`` name, see
@@ -62,7 +63,8 @@ class StaticPretrained:
                             "type='Pretrained'")
         report = load_static_(module, read_static(self.checkpoint, self.prefix))
         print_log(f'{type(module).__name__} starts from the static weights of {self.checkpoint}'
-                  + (f'\n{report}' if report else ''), logger='current')
+                  + (f'\n{report}' if report else ''), logger='current',
+                  level=report.level if report else logging.INFO)
         mark_initialised_(module)
         if hasattr(module, '_params_init_info'):
             update_init_info(module, f'StaticPretrained: start from {self.checkpoint}')
