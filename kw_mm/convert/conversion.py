@@ -37,12 +37,12 @@ def convert_to_kw_(module: nn.Module, kw_cfg: WarehouseConfig | Mapping[str, Any
                    linear: bool = False) -> ConvertedPlan:
     """Makes the convolutions of a module dynamic, in place, starting from their weights.
 
-    At temperature 0 the module computes what it did before if the budget is at least 1; below that,
-    kernels are the best approximation that so few cells allow (``plan.start``). The module stays
-    the same object with the same attributes, and gets a child ``warehouse_manager`` that owns all
-    cells. Device, dtype, training mode and ``requires_grad`` are kept: a layer's attention is
-    trainable if its weight was, a warehouse's cells if the weight of any of its layers was. Build
-    optimizers afterwards.
+    At temperature 0 the module computes what it did before if the budget is at least 1. Below that,
+    nothing is left of what it predicted: a warning says by how much kernels differ, and
+    ``plan.start`` has it by warehouse. The module stays the same object with the same attributes,
+    and gets a child ``warehouse_manager`` that owns all cells. Device, dtype, training mode and
+    ``requires_grad`` are kept: a layer's attention is trainable if its weight was, a warehouse's
+    cells if the weight of any of its layers was. Build optimizers afterwards.
 
     Layers of exactly these types are converted: ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``, with
     ``linear`` also ``nn.Linear``, and types that compute the same in another way, if that is known
@@ -146,8 +146,9 @@ class Conversion:
             starts.append((conv, plain.weight, plain.bias))
         plan = ConvertedPlan(self.plan.warehouses, self.plan.static)
         if start:
-            plan = replace(plan, start=start_from_static_(starts))
-            logger.info('%s', plan.start)
+            report = start_from_static_(starts)
+            plan = replace(plan, start=report)
+            logger.log(report.level, '%s', report)
         manager.plan = plan
         swap_(self.module, made)
         setattr(self.module, MANAGER, manager)

@@ -62,6 +62,19 @@ def start_from_state_dict_(module: nn.Module, state_dict: Mapping[str, Tensor]) 
     return _with_paths(report, layers)
 
 
+def static_kernels(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[KWConv, Tensor]:
+    """The effective kernel that each KW layer of a module has in its static twin.
+
+    Args:
+        module: As in ``start_from_state_dict_``, whose checks the state dict has passed.
+        state_dict: The weights.
+    """
+    shapes = static_shapes(module)
+    fitted = {key: tensor.reshape(shapes[key]) for key, tensor in state_dict.items()}
+    return {layer: _static_tensors(layer, names[0], fitted)[0]
+            for layer, names in find_kw_layers(module).items()}
+
+
 def _static_tensors(layer: KWConv, name: str,
                     state_dict: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     """The effective weight and bias of the static layer at a path."""

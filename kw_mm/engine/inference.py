@@ -120,7 +120,7 @@ class Predictor:
         predictions = Path(out_dir, 'predictions.json' if is_detector else 'pred')
         with scope_of(self.cfg):
             for path in progress(images):
-                image = _read(path)
+                image = read_image(path)
                 if image is None:
                     unreadable.append(path)
                     continue
@@ -160,10 +160,10 @@ def _check_names(images: Sequence[str], is_detector: bool) -> None:
                          f'got more than one {double[0]!r}')
 
 
-def _read(path: str) -> np.ndarray | None:
-    """An image in RGB; None if it cannot be read."""
+def read_image(path: str, channel_order: str = 'rgb') -> np.ndarray | None:
+    """An image, by default in RGB; None if it cannot be read."""
     try:
-        return mmcv.imread(path, channel_order='rgb')
+        return mmcv.imread(path, channel_order=channel_order)
     except (AttributeError, OSError, ValueError, cv2.error):
         return None
 

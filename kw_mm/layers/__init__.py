@@ -2,9 +2,15 @@
 from .attention import Attention, set_temperature
 from .conv import KWConv1d, KWConv2d, KWConv3d
 from .linear import KWLinear
-from .static_start import StartReport, WarehouseStart, start_at_zero_, start_from_static_
+from .static_start import (
+    StartReport,
+    WarehouseStart,
+    set_mixtures_,
+    start_at_zero_,
+    start_from_static_,
+)
 from .warehouse import WarehouseManager
 
 __all__ = ['Attention', 'KWConv1d', 'KWConv2d', 'KWConv3d', 'KWLinear', 'StartReport',
-           'WarehouseManager', 'WarehouseStart', 'set_temperature', 'start_at_zero_',
-           'start_from_static_']
+           'WarehouseManager', 'WarehouseStart', 'set_mixtures_', 'set_temperature',
+           'start_at_zero_', 'start_from_static_']

@@ -11,9 +11,11 @@ the static kernels. There are two cases, by warehouse:
 """
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,6 +48,10 @@ SELECT_CELLS = 10
 # cell, so that its logit is positive and well away from the kink at 0.
 MARGIN = 0.05
 
+# Kernels that differ by less than HARMLESS are as good as the static ones. From SPOILT on, hardly
+# anything is left of what the network predicted (docs/conversion.md has the figures).
+HARMLESS, SPOILT = 1e-3, 0.1
+
 LayerWeights = tuple['_KWConvNd', Tensor, Tensor | None]
 
 
@@ -75,7 +81,7 @@ class WarehouseStart:
 
 @dataclass(frozen=True)
 class StartReport:
-    """What ``start_from_static_`` did; prints as a table."""
+    """What ``start_from_static_`` did; prints as a table, with what it is worth for b < 1."""
 
     warehouses: tuple[WarehouseStart, ...]
 
@@ -84,13 +90,38 @@ class StartReport:
         """Whether no warehouse had to approximate."""
         return all(start.exact for start in self.warehouses)
 
+    @property
+    def warning(self) -> str | None:
+        """What the start is worth where cells are too few (b < 1); None if kernels are as before.
+
+        A warehouse that differs much spoils the network, however exact the others are.
+        """
+        poor = [start for start in self.warehouses if start.error > HARMLESS]
+        if not poor:
+            return None
+        worst = max(poor, key=lambda start: start.error)
+        text = (f'Fewer cells than pieces of kernels (b < 1) in {len(poor)} of '
+                f'{len(self.warehouses)} warehouses: their kernels differ from the static ones by '
+                f'{median(start.error for start in poor):.1%} (median; the worst by '
+                f'{worst.error:.1%}, from {worst.layers[0] or "the layer"} on). ')
+        if worst.error < SPOILT:
+            return text + 'The network predicts something else than before; measure how much.'
+        return text + ('Nothing is left of what the static network predicts; take b >= 1 for a '
+                       'start that is exact.')
+
+    @property
+    def level(self) -> int:
+        """The level at which logs tell it."""
+        return logging.WARNING if self.warning else logging.INFO
+
     def __str__(self) -> str:
         rows = [(str(start.warehouse), start.layers[0] or '-', str(len(start.layers)),
                  f'{start.num_cells:,}', f'{start.num_mixtures:,}',
                  'exact' if start.exact else 'approximated', f'{start.error:.2e}',
                  f'{start.optimum:.2e}') for start in self.warehouses]
-        return format_table(('warehouse', 'first layer', 'layers', 'cells', 'mixtures', 'start',
-                             'error', 'optimum'), rows, right=(2, 3, 4, 6, 7))
+        table = format_table(('warehouse', 'first layer', 'layers', 'cells', 'mixtures', 'start',
+                              'error', 'optimum'), rows, right=(2, 3, 4, 6, 7))
+        return f'{table}\n{self.warning}' if self.warning else table
 
 
 @torch.no_grad()
@@ -221,20 +252,37 @@ def _approximate_(members: Sequence[LayerWeights], pieces: Sequence[Tensor]) -> 
     rank = int((singular > singular[0] * max(rows.shape) * torch.finfo(rows.dtype).eps).sum())
     rank = min(rank, len(cells))
     # All cells have the same norm, like random ones, so the coefficients contain the singular
-    # values. Cells are scaled up until the largest L1 norm of a row of coefficients is allowed.
+    # values.
     weights = left[:, :rank] * singular[:rank]
-    stretch = weights.abs().sum(1).max().item() / (1 - MARGIN) if rank else 1.0
     basis = left[:, :rank].T @ rows / singular[:rank, None]
-    cells[:rank] = (stretch * basis).view(-1, *cells.shape[1:]).to(cells)
-    alpha = rows.new_zeros(len(rows), len(cells))
-    alpha[:, :rank] = weights / stretch
-    # The rest goes to the zero cell, so that the magnitudes of all rows sum to SELECT.
-    zero = SELECT * (1 - alpha.abs().sum(1, keepdim=True)) - EPS
-    logits = torch.cat((SELECT * alpha, zero), 1)
-    for (layer, _, _), part in zip(members, logits.split([len(p) for p in pieces])):
-        _set_logits_(layer, part)
+    set_mixtures_([layer for layer, _, _ in members],
+                  weights.split([len(part) for part in pieces]), basis)
     norm = singular.norm()
     return (singular[len(cells):].norm() / norm).item() if norm > 0 else 0.0
+
+
+@torch.no_grad()
+def set_mixtures_(layers: Sequence[_KWConvNd], weights: Sequence[Tensor], cells: Tensor) -> None:
+    """Sets what all layers of a warehouse mix, the same for every input, at temperature 0.
+
+    Args:
+        layers: The layers.
+        weights: The weight of each cell in each mixture, ``(m, k)`` for each layer.
+        cells: ``(k, ...)``, the first k of the warehouse. Further ones keep their values and are
+            not used.
+    """
+    stored = layers[0].cells
+    rank = len(cells)
+    # Cells are scaled up until the largest L1 norm of a row of weights is allowed.
+    norm = max(part.abs().sum(1).max().item() for part in weights) if rank else 0.0
+    stretch = norm / (1 - MARGIN) or 1.0
+    stored[:rank] = (stretch * cells).view(-1, *stored.shape[1:]).to(stored)
+    for layer, part in zip(layers, weights):
+        alpha = part.new_zeros(len(part), len(stored))
+        alpha[:, :rank] = part / stretch
+        # The rest goes to the zero cell, so that the magnitudes of all rows sum to SELECT.
+        zero = SELECT * (1 - alpha.abs().sum(1, keepdim=True)) - EPS
+        _set_logits_(layer, torch.cat((SELECT * alpha, zero), 1))
 
 
 def _left_svd(rows: Tensor) -> tuple[Tensor, Tensor]:

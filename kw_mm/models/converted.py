@@ -96,6 +96,6 @@ class StaticStart:
             static.init_weights()
         report = start_from_state_dict_(self.module, static.state_dict())
         print_log(f'{type(self.module).__name__} starts from its static weights\n{report}',
-                  logger='current')
+                  logger='current', level=report.level)
         mark_initialised_(self.module)
         self.module.is_init = True

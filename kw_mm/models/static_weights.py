@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
@@ -18,14 +18,18 @@ from ..convert.state_dict import (
     find_kw_layers,
     same_shape,
     start_from_state_dict_,
+    static_kernels,
     static_shapes,
 )
 from ..layers import StartReport
+from ..layers.conv import KWConv
 from .backbones.base import KWBackbone, mark_initialised_
 from .checkpoint_names import locate_checkpoint
 from .class_layers import find_class_layers
 
 logger = logging.getLogger(__name__)
+
+Fit = Callable[[nn.Module, Any, Mapping[KWConv, Tensor]], None]
 
 
 class StaticPretrained:
@@ -33,10 +37,11 @@ class StaticPretrained:
 
     As a weight initialiser of mmengine: ``init_cfg=dict(type='StaticPretrained',
     checkpoint='torchvision://resnet50')``. At temperature 0 the backbone then computes the same as
-    the static one if its budget is at least 1, and the best approximation below that. The
-    checkpoint is loaded when training starts, not when a model is built, and after all other
-    initialisers of the backbone, in whatever order they are listed. Classifiers are dropped, and
-    key layouts that the backbone knows (``static_layouts``) are recognised.
+    the static one if its budget is at least 1. Below that, nothing is left of what the static one
+    predicts, and the log warns. The checkpoint is loaded when training starts, not when a model is
+    built, and after all other initialisers of the backbone, in whatever order they are listed.
+    Classifiers are dropped, and key layouts that the backbone knows (``static_layouts``) are
+    recognised.
 
     Args:
         checkpoint: A path, a URL, or a ``torchvision://`` or ``open-mmlab://`` name, see
@@ -62,7 +67,8 @@ class StaticPretrained:
                             "type='Pretrained'")
         report = load_static_(module, read_static(self.checkpoint, self.prefix))
         print_log(f'{type(module).__name__} starts from the static weights of {self.checkpoint}'
-                  + (f'\n{report}' if report else ''), logger='current')
+                  + (f'\n{report}' if report else ''), logger='current',
+                  level=report.level if report else logging.INFO)
         mark_initialised_(module)
         if hasattr(module, '_params_init_info'):
             update_init_info(module, f'StaticPretrained: start from {self.checkpoint}')
@@ -124,13 +130,7 @@ def load_static_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> StartRep
     Raises:
         ValueError: If keys are missing, unknown or misshapen.
     """
-    state = dict(state_dict)
-    for path, backbone in model.named_modules():
-        if isinstance(backbone, KWBackbone):
-            prefix = f'{path}.' if path else ''
-            own = {key: state.pop(key) for key in list(state) if key.startswith(prefix)}
-            adapted = adapt_keys(backbone, {key[len(prefix):]: v for key, v in own.items()})
-            state.update((prefix + key, value) for key, value in adapted.items())
+    state = adapt_all_keys(model, state_dict)
     if find_kw_layers(model):
         return start_from_state_dict_(model, state)
     shapes = static_shapes(model)
@@ -139,6 +139,18 @@ def load_static_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> StartRep
     model.load_state_dict({key: value.reshape(shapes[key]) for key, value in state.items()},
                           strict=False)
     return None
+
+
+def adapt_all_keys(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Turns the keys of a static checkpoint into a model's own, see ``adapt_keys``."""
+    state = dict(state_dict)
+    for path, backbone in model.named_modules():
+        if isinstance(backbone, KWBackbone):
+            prefix = f'{path}.' if path else ''
+            own = {key: state.pop(key) for key in list(state) if key.startswith(prefix)}
+            adapted = adapt_keys(backbone, {key[len(prefix):]: v for key, v in own.items()})
+            state.update((prefix + key, value) for key, value in adapted.items())
+    return state
 
 
 def adapt_keys(backbone: KWBackbone, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -167,7 +179,8 @@ def adapt_keys(backbone: KWBackbone, state_dict: Mapping[str, Tensor]) -> dict[s
             **best}
 
 
-def static_checkpoint_to_kw(config: Config, src: str) -> tuple[dict[str, Any], StartReport | None]:
+def static_checkpoint_to_kw(config: Config, src: str, backbone: bool = False,
+                            fit: Fit | None = None) -> tuple[dict[str, Any], StartReport | None]:
     """Turns a checkpoint of a static detector or segmentor into one of its KW counterpart.
 
     If the checkpoint has another number of classes, the static layers that depend on it are left
@@ -177,6 +190,9 @@ def static_checkpoint_to_kw(config: Config, src: str) -> tuple[dict[str, Any], S
     Args:
         config: Config of the KW model.
         src: The static checkpoint; see ``read_static``.
+        backbone: Whether it is that of the backbone alone, as from ImageNet. The result is, too.
+        fit: What is done to the model after its start: called with the model (the backbone, if it
+            is alone), its preprocessor of images and the effective kernel of each static layer.
 
     Returns:
         The checkpoint (``state_dict``, which loads strictly if nothing was left out, and ``meta``),
@@ -188,19 +204,29 @@ def static_checkpoint_to_kw(config: Config, src: str) -> tuple[dict[str, Any], S
             unknown or misshapen; they are named.
     """
     init_default_scope(config.get('default_scope', 'mmengine'))
-    model = build_model(config.model)
+    whole: Any = build_model(config.model)
+    if backbone and not hasattr(whole, 'backbone'):
+        raise ValueError(f'the model must have a backbone, got a {type(whole).__name__}')
+    model = whole.backbone if backbone else whole
     if not find_kw_layers(model):
-        raise ValueError('the config must be that of a KW model, but no layer of its model is')
+        raise ValueError('the config must be that of a KW model, but no layer of its '
+                         f'{"backbone" if backbone else "model"} is')
     checkpoint = read_checkpoint(locate_checkpoint(src))
-    state = static_tensors(checkpoint, src, prefix='')
+    state = static_tensors(checkpoint, src, prefix=None if backbone else '')
     own = model.state_dict()
-    others = [key for key in find_class_layers(static_shapes(model), state, config.model)
-              if key in own]
-    report = load_static_(model, {**state, **{key: own[key] for key in others}})
+    others = [] if backbone else [
+        key for key in find_class_layers(static_shapes(model), state, config.model) if key in own]
+    state = {**state, **{key: own[key] for key in others}}
+    report = load_static_(model, state)
+    if fit:
+        fit(model, getattr(whole, 'data_preprocessor', None),
+            static_kernels(model, adapt_all_keys(model, state)))
     meta = checkpoint.get('meta') or {}
     # Inferencers read the names of the classes here.
     kept = {key: meta[key] for key in ('dataset_meta', 'CLASSES', 'PALETTE') if key in meta}
     state = model.state_dict()
+    if backbone:
+        return dict(meta={}, state_dict={f'backbone.{k}': v for k, v in state.items()}), report
     if others:
         kept = {}
         layers = dict.fromkeys(key.rpartition('.')[0] for key in others)

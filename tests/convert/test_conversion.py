@@ -426,9 +426,10 @@ def test_ratios_may_be_one_for_each_warehouse(net):
         convert_to_kw_(Net(), dict(cell_outplane_ratio=0.9))
 
 
-def test_fewer_cells_than_mixtures(net, x):
+def test_fewer_cells_than_mixtures(net, x, caplog):
     plan = convert_to_kw_(net, dict(cell_num_ratio=0.5))
     assert not plan.start.exact
+    assert plan.start.warning in caplog.text  # which has what is at least a warning
     for start in plan.start.warehouses:
         assert 0 < start.optimum <= start.error * (1 + 1e-9) <= 1.01 * start.optimum
 

@@ -1,5 +1,7 @@
 """KW layers that start as static ones: exactly if there are enough cells, else approximately."""
+import logging
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from kw_mm import (
     plan_warehouses,
     set_temperature,
 )
-from kw_mm.layers import WarehouseManager, start_from_static_, static_start
+from kw_mm.layers import StartReport, WarehouseManager, start_from_static_, static_start
 from kw_mm.layers.mixing import record_mixing
 from kw_mm.layers.static_start import MARGIN, SELECT, ZERO, cut_static
 from kw_mm.ops import assemble_kernel
@@ -255,8 +257,25 @@ def test_print_shows_the_error_of_each_warehouse():
     lines = str(report).splitlines()
     assert lines[0].split() == ['warehouse', 'first', 'layer', 'layers', 'cells', 'mixtures',
                                 'start', 'error', 'optimum']
-    assert [line.split()[5] for line in lines[2:]] == ['exact', 'exact', 'approximated', 'exact']
+    assert [line.split()[5] for line in lines[2:-1]] == ['exact', 'exact', 'approximated', 'exact']
     assert lines[2].split()[:5] == ['0', 'layer1.0.conv1', '6', '56', '56']
+
+
+def test_what_a_start_is_worth_is_said():
+    """With b < 1 nothing is left of the static network, and "approximated" did not say so."""
+    exact, poor = (resnets(18, dict(cell_num_ratio=(1, 1, b, b)))[2] for b in (1, 0.5))
+    assert exact.warning is None and exact.level == logging.INFO
+    errors = [start.error for start in poor.warehouses[2:]]
+    assert f'in 2 of 4 warehouses: their kernels differ from the static ones by ' \
+           f'{sum(errors) / 2:.1%} (median; the worst by {max(errors):.1%}, ' in poor.warning
+    assert 'Nothing is left' in poor.warning and str(poor).endswith(poor.warning)
+    assert poor.level == logging.WARNING
+
+    def warning(error):
+        return StartReport((replace(poor.warehouses[2], error=error),)).warning
+
+    assert warning(1e-6) is None and warning(math.nan) is None
+    assert '1.0% (median' in warning(0.01) and 'Nothing is left' not in warning(0.01)
 
 
 class ScaledConv(nn.Conv2d):

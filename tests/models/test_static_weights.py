@@ -1,5 +1,6 @@
 """StaticPretrained: KW backbones from checkpoints of static ones."""
 import json
+import logging
 from pathlib import Path
 from urllib.error import URLError
 
@@ -357,9 +358,12 @@ def test_a_static_twin_and_every_budget(tmp_path):
     assert same(started(KWResNet, file, kw_cfg=dict(cell_num_ratio=4)), static)
     said = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(static_weights, 'print_log', lambda message, **kwargs: said.append(message))
-        started(KWResNet, file, kw_cfg=dict(cell_num_ratio=0.5))
-    assert 'approximated' in said[0]
+        patch.setattr(static_weights, 'print_log', lambda message, logger, level: said.append(
+            (level, message)))
+        for budget in (0.5, 1):
+            started(KWResNet, file, kw_cfg=dict(cell_num_ratio=budget))
+    assert [level for level, _ in said] == [logging.WARNING, logging.INFO]
+    assert 'Nothing is left' in said[0][1] and 'Nothing is left' not in said[1][1]
     with pytest.raises(ValueError, match=r'1 missing: conv1.weight; 1 unknown: conv.weight$'):
         torch.save(rename_keys(static.state_dict(), {'conv1': 'conv'}), file)
         started(KWResNet, file, static=True)

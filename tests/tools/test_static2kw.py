@@ -1,8 +1,11 @@
 """static2kw: turns the checkpoint of a static detector into one of its KW counterpart."""
 import importlib.util
 import re
+from functools import partial
 from pathlib import Path
 
+import mmcv
+import numpy as np
 import pytest
 import torch
 from mmcv.cnn import ConvAWS2d
@@ -10,6 +13,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
+from kw_mm import KWMobileNetV2
 from kw_mm.models.class_layers import find_class_layers
 
 ROOT = Path(__file__).parents[2]
@@ -160,6 +164,72 @@ def test_another_number_of_classes(files, caplog):
     assert not result.unexpected_keys
     for actual, expected in zip(outputs(model)[:5], outputs(static)[:5], strict=True):
         assert (actual - expected).norm() < 1e-3 * expected.norm()
+
+
+BACKBONE = """
+default_scope = 'mmdet'
+model = dict(
+    type='RetinaNet', data_preprocessor=dict(type='DetDataPreprocessor', mean=[0], std=[255]),
+    neck=None,
+    backbone=dict(type='KWMobileNetV2', widen_factor=0.25, kw_cfg=dict(cell_num_ratio={budget})),
+    bbox_head=dict(type='RetinaHead', num_classes=3, in_channels=8))
+"""
+
+
+@pytest.fixture
+def backbone_files(tmp_path):
+    """Configs with budgets of 1/2 and 1, static ImageNet weights, and a folder of images."""
+    configs = [tmp_path / 'half.py', tmp_path / 'one.py']
+    for path, budget in zip(configs, (0.5, 1)):
+        path.write_text(BACKBONE.format(budget=budget))
+    torch.manual_seed(0)
+    static = KWMobileNetV2(widen_factor=0.25, static=True)
+    torch.save({**static.state_dict(), 'classifier.1.weight': torch.ones(9, 1280)},
+               tmp_path / 'src.pth')
+    for i in range(3):
+        mmcv.imwrite(np.random.default_rng(i).integers(0, 255, (64, 64, 3)).astype(np.uint8),
+                     str(tmp_path / f'images/{i}.png'))
+    return *configs, tmp_path / 'src.pth', tmp_path / 'images', tmp_path / 'out/dst.pth'
+
+
+def run(*args):
+    static2kw.main([str(arg) for arg in args])
+
+
+def test_a_backbone_of_few_cells_is_fitted_to_images(backbone_files, capsys, monkeypatch):
+    half, _, src, images, dst = backbone_files
+    monkeypatch.setattr(static2kw, 'ImageFit', partial(static2kw.ImageFit, size=32, batch_size=2))
+    run(half, src, dst, '--backbone')
+    start = torch.load(dst)['state_dict']
+    assert 'Nothing is left of what the static network predicts' in capsys.readouterr().out
+    run(half, src, dst, '--backbone', '--images', images, '--steps', 2, '--force')
+    out = capsys.readouterr().out
+    assert 'fits to 2 images' in out and 'step 2 of 2' in out and 'fitted in 2 steps' in out
+    fitted = torch.load(dst, weights_only=True)['state_dict']
+    model = build(half)
+    result = model.load_state_dict(fitted, strict=False)
+    assert not result.unexpected_keys
+    assert not any(key.startswith('backbone') for key in result.missing_keys)
+    assert {key for key, value in fitted.items() if not torch.equal(value, start[key])} >= {
+        'backbone.warehouse_manager.weights.0', 'backbone.features.0.0.attention.fc2.bias',
+        'backbone.features.0.1.weight', 'backbone.features.0.1.running_mean'}
+
+
+def test_what_cannot_be_fitted_is_told(backbone_files, capsys, tmp_path):
+    half, one, src, images, dst = backbone_files
+
+    def error(config, *more):
+        with pytest.raises(SystemExit):
+            run(config, src, dst, '--backbone', *more)
+        assert not dst.exists()
+        return capsys.readouterr().err
+
+    assert 'with b >= 1 the start is exact' in error(one, '--images', images)
+    assert 'does not exist' in error(half, '--images', tmp_path / 'nowhere')
+    (tmp_path / 'empty').mkdir()
+    assert 'must have images in it' in error(half, '--images', tmp_path / 'empty')
+    assert 'steps must be a positive' in error(half, '--images', images, '--steps', 0)
+    assert 'minutes must be > 0' in error(half, '--images', images, '--minutes', 0)
 
 
 @pytest.mark.parametrize('own, given, found', [
