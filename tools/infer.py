@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from mmengine.config import DictAction
 from mmengine.utils import track_iter_progress
 
 import kw_mm  # noqa: F401  (registers everything, for configs without custom_imports too)
@@ -36,8 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
                         'be read')
     parser.add_argument('--optimize', action='store_true',
                         help='make the model faster first, with kw_mm.optimize_for_inference_')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='settings that replace those of the config')
+    launch.add_cfg_options(parser)
     return parser
 
 

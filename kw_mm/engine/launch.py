@@ -28,11 +28,11 @@ from ..files import NotWrittenError
 from ..layers.loading import CheckpointMismatch, strict_loading
 from .quiet_log import shorten_log_
 
-__all__ = ['CheckpointMismatch', 'NotWrittenError', 'add_common_options', 'build_runner',
-           'check_checkpoint', 'check_data_sets', 'choose_checkpoint_', 'config_path',
-           'enable_amp_', 'enable_auto_scale_lr_', 'enable_drawing_', 'enable_tta_', 'load_config',
-           'prepare_resume_', 'read_config', 'set_output_', 'set_resume_', 'strict_loading',
-           'test_checkpoint']
+__all__ = ['CheckpointMismatch', 'NotWrittenError', 'add_cfg_options', 'add_common_options',
+           'build_runner', 'check_checkpoint', 'check_data_sets', 'choose_checkpoint_',
+           'config_path', 'enable_amp_', 'enable_auto_scale_lr_', 'enable_drawing_', 'enable_tta_',
+           'image_size', 'load_config', 'prepare_resume_', 'read_config', 'set_output_',
+           'set_resume_', 'strict_loading', 'test_checkpoint']
 
 # To check data sets within seconds at the start of a run, so many images of each are read, and no
 # annotation file with more bytes than this.
@@ -42,9 +42,7 @@ _SAMPLE, _MAX_JSON = 64, 100 * 2**20
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that train and test have in common."""
     parser.add_argument('--work-dir', help='where to write; default: work_dirs/<config name>')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='settings that replace those of the config, e.g. '
-                        'train_dataloader.batch_size=4; lists as "[1,2]" or 1,2')
+    add_cfg_options(parser)
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
                         help='how the processes of a distributed run were started')
     parser.add_argument('--skip-data-check', action='store_true',
@@ -52,6 +50,13 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     # Old launchers pass it; torch.distributed.run sets the environment variable.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0,
                         help=argparse.SUPPRESS)
+
+
+def add_cfg_options(parser: argparse.ArgumentParser, of: str = 'the config') -> None:
+    """Adds ``--cfg-options``, which ``read_config`` takes as changes."""
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+                        help=f'settings that replace those of {of}, e.g. '
+                        'train_dataloader.batch_size=4; lists as "[1,2]" or 1,2')
 
 
 def config_path(path: str) -> str:

@@ -11,12 +11,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mmengine.config import DictAction
 from mmengine.utils import ProgressBar
 
 import kw_mm  # noqa: F401  (registers everything, for configs without custom_imports too)
 from kw_mm.datasets import check_data
-from kw_mm.engine.launch import config_path, read_config
+from kw_mm.engine.launch import add_cfg_options, config_path, read_config
 
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 
@@ -30,8 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
                         'validation)')
     parser.add_argument('--sample', type=int, metavar='N',
                         help='read N images of each data set; default: all')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='settings that replace those of the config')
+    add_cfg_options(parser)
     return parser
 
 

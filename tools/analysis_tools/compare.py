@@ -25,7 +25,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from torch import nn
 
 import kw_mm
@@ -41,7 +41,7 @@ from kw_mm.engine.comparison import (
     write_report,
 )
 from kw_mm.engine.comparison.arms import build_model, count_parameters
-from kw_mm.engine.launch import config_path, read_config
+from kw_mm.engine.launch import add_cfg_options, config_path, read_config
 from kw_mm.layers import WarehouseManager
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,8 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
                         help='add a wider static network for each dynamic one, of as many '
                         'parameters; for training from scratch')
     parser.add_argument('--jobs', type=int, help='runs at a time; default: 1 with a GPU, else 2')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='settings that replace those of every config')
+    add_cfg_options(parser, 'every config')
     return parser
 
 

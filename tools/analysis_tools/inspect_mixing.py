@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 
 from kw_mm.checkpoint import write_checkpoint
 from kw_mm.deploy import load_model
@@ -40,8 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
                         help='use the first ones of them (default: %(default)s)')
     parser.add_argument('--no-test', action='store_true', help='only the figures by layer')
     parser.add_argument('--json', metavar='FILE', help='write all figures to this file as well')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='settings that replace those of the config')
+    launch.add_cfg_options(parser)
     return parser
 
 

@@ -15,11 +15,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmengine.config import DictAction
-
 import kw_mm  # noqa: F401  (registers everything, for configs without custom_imports too)
 from kw_mm.engine.complexity import Complexity, input_size, measure_config
-from kw_mm.engine.launch import config_path, read_config
+from kw_mm.engine.launch import add_cfg_options, config_path, read_config
 from kw_mm.table import format_table
 
 HEADER = ('model', 'params (M)', 'cells', 'attention', 'FLOPs (G)', 'attention', 'assembly')
@@ -33,8 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument('--shape', metavar=('H', 'W'), type=int, nargs=2,
                         help="height and width of the image; default: as the config's test "
                         'pipeline resizes a landscape image, padded to multiples of 32')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='settings that replace those of the configs')
+    add_cfg_options(parser, 'the configs')
     return parser
 
 

@@ -18,12 +18,11 @@ from typing import Any
 
 import cv2
 import numpy as np
-from mmengine.config import DictAction
 
 import kw_mm  # noqa: F401  (registers everything, for configs without custom_imports too)
 from kw_mm.deploy import compare, export_model, load_model
 from kw_mm.engine.inference import find_images
-from kw_mm.engine.launch import config_path, image_size, read_config
+from kw_mm.engine.launch import add_cfg_options, config_path, image_size, read_config
 from kw_mm.export import ModelFile
 from kw_mm.export.files import RUNTIMES, SUFFIXES, need
 from kw_mm.export.forms import WEIGHTS
@@ -87,8 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument('--images', nargs='+', metavar='IMAGE', default=(),
                         help='images, or folders of them, to compare on; default: noise')
     parser.add_argument('--out-dir', metavar='DIR', help='keep the files there')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='settings that replace those of the configs')
+    add_cfg_options(parser, 'the configs')
     return parser
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import cv2
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.evaluator import Evaluator
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.structures import InstanceData, PixelData
@@ -24,7 +24,7 @@ from runner import Runner
 
 import kw_mm  # noqa: F401  (registers everything, for configs without custom_imports too)
 from kw_mm.config_types import type_name
-from kw_mm.engine.launch import config_path, read_config
+from kw_mm.engine.launch import add_cfg_options, config_path, read_config
 from kw_mm.export.files import need
 
 KINDS = dict(mmdet='detector', mmseg='segmentor')
@@ -37,8 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument('file', metavar='FILE', help='.onnx or .xml, of a whole model')
     parser.add_argument('--threads', type=int,
                         help="how many to use; default: the runtime's choice")
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='settings that replace those of the config')
+    add_cfg_options(parser)
     return parser
 
 

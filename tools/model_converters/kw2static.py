@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 
 from kw_mm.checkpoint import check_destination, write_checkpoint
 from kw_mm.deploy import load_model
@@ -37,8 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
                         help='use the first ones of them (default: %(default)s)')
     parser.add_argument('--no-test', action='store_true', help='do not test both models')
     parser.add_argument('--force', action='store_true', help='overwrite what is in OUT_DIR')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='settings that replace those of the config')
+    launch.add_cfg_options(parser)
     return parser
 
 
