@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from mmengine.registry import HOOKS, MODELS, WEIGHT_INITIALIZERS
 
-from .engine.hooks import KWMixingHook, KWTemperatureHook, RandomStateHook
+from .engine.hooks import CONFIG_HOOKS
 from .layers import KWConv1d, KWConv2d, KWConv3d, KWLinear
 from .models import (
     KWConverted,
@@ -29,5 +29,5 @@ def register_all() -> None:
     for builder in (KWConverted, WithOwnRandomNumbers):
         MODELS.register_module(module=builder)
     WEIGHT_INITIALIZERS.register_module(module=StaticPretrained)
-    for hook in (KWMixingHook, KWTemperatureHook, RandomStateHook):
+    for hook in CONFIG_HOOKS:
         HOOKS.register_module(module=hook)

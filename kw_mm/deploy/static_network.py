@@ -12,13 +12,14 @@ from torch import nn
 
 from ..config_types import all_dicts, innermost_dataset, type_name, without_downloads_
 from ..convert.keys import rename_keys
+from ..engine.hooks import CONFIG_HOOKS
 from ..engine.inference import scope_of
 from ..export import StaticReport, to_static_
 from ..models.static_weights import build_model
 
 # What only our backbones take.
 _OURS_ALONE = ('kw_cfg', 'freeze_cells', 'drop_path_rate', 'static', 'init_cfg')
-_OUR_HOOKS = ('KWMixingHook', 'KWTemperatureHook', 'RandomStateHook')
+_OUR_HOOKS = {hook.__name__ for hook in CONFIG_HOOKS}
 _LAYERS = ('KWConv1d', 'KWConv2d', 'KWConv3d')
 # Outputs of KWMobileNetV2, as MMDetection counts them.
 _MOBILENET_OUTPUTS = (0, 1, 2, 4, 7)
